@@ -1,0 +1,177 @@
+"""The bundle: a folder with `bundle.json` (this schema), `model.onnx` (the step) and nothing else that matters.
+
+Reading a bundle checks everything that can be checked without running it: the version, the schema, the
+graph's sha256. Nothing is ever unpickled. What the graph itself declares is compared with the manifest when
+a session opens it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from engine.errors import BundleError
+from engine.schema import Strict, parse
+
+VERSION = 1
+MANIFEST = "bundle.json"
+GRAPH = "model.onnx"
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+MAX_GRAPH_BYTES = 4 * 1024**3
+
+Positive = Annotated[int, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Frame(Strict):
+    """What one time step of the model is. Frame rate = sample_rate / hop."""
+
+    sample_rate: float = Field(gt=0, description="samples (or feature vectors) a second, Hz")
+    hop: Positive = Field(description="samples a frame; 1 for feature streams")
+    channels: Positive = Field(description="numbers in one sample")
+    names: tuple[str, ...] | None = None
+    units: tuple[str, ...] | None = None
+
+    @property
+    def rate(self) -> float:
+        """Frames a second."""
+        return self.sample_rate / self.hop
+
+
+class Tensor(Strict):
+    """One input or output of the graph; `shape` leaves out the leading batch axis."""
+
+    name: str
+    shape: tuple[Positive, ...]
+    dtype: Literal["float32", "int64"] = "float32"
+
+
+class Decoding(Strict):
+    """How moments become events. Scores are probabilities, times are seconds of the stream."""
+
+    start_threshold: Probability = Field(0.5, description="a start is announced from this score on")
+    end_threshold: Probability = Field(0.5, description="an ended action is announced from this score on")
+    confident: Probability = Field(0.6, description="a candidate of this score is committed at once")
+    hold: float = Field(1.0, ge=0, description="seconds that a lesser candidate waits for a better one")
+    nms_tiou: Probability = Field(0.1, description="largest overlap of two ended segments of one class")
+    min_duration: float = Field(0.0, ge=0, description="seconds; shorter segments are dropped")
+    max_duration: float = Field(120.0, gt=0, description="seconds; an action open longer than this is ended")
+
+
+class Training(Strict):
+    """How the bundle was made and what it scored: a record for people, read by nothing."""
+
+    config: str = Field("", description="the training configuration, as YAML text")
+    seed: int | None = None
+    steps: int | None = None
+    scores: dict[str, float] = Field(default_factory=dict)
+    made_with: dict[str, str] = Field(default_factory=dict)
+    notice: str = Field("", description="origin, licence and citation of the training data")
+
+
+class Manifest(Strict):
+    """`bundle.json`."""
+
+    version: Literal[1] = 1
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    graph_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    classes: tuple[str, ...] = Field(min_length=1)
+    frame: Frame
+    chunk: Positive = Field(description="frames that one step takes; a power of two")
+    levels: Positive
+    window: Positive = Field(description="tokens back that attention reaches, on each level")
+    receptive_field: Positive = Field(description="frames; a fresh state fed these equals the old one")
+    inputs: tuple[Tensor, ...]
+    states: tuple[Tensor, ...] = Field(description="name of the input; the output is `next_` + name")
+    outputs: tuple[Tensor, ...]
+    decoding: Decoding = Decoding()
+    training: Training = Training()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        if self.chunk & (self.chunk - 1):
+            raise ValueError(f"`chunk` is {self.chunk}, expected a power of two")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("`classes` names a class twice")
+        expected = {
+            "samples": (self.chunk * self.frame.hop, self.frame.channels),
+            "mask": (self.chunk,),
+        }
+        found = {tensor.name: tensor.shape for tensor in self.inputs}
+        if found != expected:
+            raise ValueError(f"`inputs` are {found}, expected {expected} for this frame and chunk")
+        names = [tensor.name for tensor in (*self.inputs, *self.states, *self.outputs)]
+        if len(set(names)) != len(names):
+            raise ValueError("a tensor is named twice")
+        classes = len(self.classes)
+        wanted = {
+            "ongoing": (self.chunk, classes),
+            "start": (self.chunk, classes),
+            "start_offset": (self.chunk, 1),
+            "end": (self.chunk, classes),
+            "end_offsets": (self.chunk, 2),
+        }
+        given = {tensor.name: tensor.shape for tensor in self.outputs}
+        if given != wanted:
+            raise ValueError(f"`outputs` are {given}, expected {wanted}")
+        return self
+
+    @property
+    def id(self) -> str:
+        """Which bundle spoke: its name and the first twelve digits of its graph's hash."""
+        return f"{self.name}@{self.graph_sha256[:12]}"
+
+    @property
+    def chunk_samples(self) -> int:
+        """Samples that one step takes."""
+        return self.chunk * self.frame.hop
+
+
+def read_bundle(folder: Path) -> tuple[Manifest, bytes]:
+    """Read and verify a bundle; returns its manifest and the serialised graph.
+
+    Raises BundleError when something is missing, damaged, or of a version that this Onset does not know.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{folder}: not a bundle, there is no {MANIFEST}; `onset export` makes one")
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; this is not a manifest")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise BundleError(f"{path}: not readable as JSON: {problem}") from None
+    if not isinstance(values, dict):
+        raise BundleError(f"{path}: found {type(values).__name__}, expected a JSON object")
+    if values.get("version") != VERSION:
+        raise BundleError(
+            f"{path}: bundle version {values.get('version')!r}, this Onset reads version {VERSION}; "
+            "export the run again, or install the Onset that wrote it"
+        )
+    manifest = parse(Manifest, values, str(path), BundleError)
+    graph_path = folder / GRAPH
+    try:
+        if graph_path.stat().st_size > MAX_GRAPH_BYTES:
+            raise BundleError(f"{graph_path}: larger than {MAX_GRAPH_BYTES} bytes")
+        graph = graph_path.read_bytes()
+    except OSError as problem:
+        raise BundleError(f"{graph_path}: not readable: {problem.strerror}") from None
+    digest = hashlib.sha256(graph).hexdigest()
+    if digest != manifest.graph_sha256:
+        raise BundleError(
+            f"{graph_path}: sha256 is {digest[:12]}…, the manifest says {manifest.graph_sha256[:12]}…; "
+            "the graph was changed or damaged after export: export or copy the bundle again"
+        )
+    return manifest, graph
+
+
+def write_bundle(folder: Path, manifest: Manifest, graph: bytes) -> None:
+    """Write a bundle; the manifest comes last, so that a folder with one is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    (folder / GRAPH).write_bytes(graph)
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,105 @@
+"""The strict pydantic base of every configuration and manifest, and how its complaints read.
+
+A wrong key is an error that names the nearest right one; a wrong value names the key, what was found and
+what was expected. Knows nothing of any particular schema.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from engine.errors import ConfigError, OnsetError
+
+MAX_CONFIG_BYTES = 4 * 1024 * 1024
+
+
+class Strict(BaseModel):
+    """A frozen model that refuses unknown keys and NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def parse(
+    model: type[ModelT], values: object, origin: str, error: type[OnsetError] = ConfigError
+) -> ModelT:
+    """Validate `values` as `model`; on failure raise `error` with one line for each problem.
+
+    `origin` names where the values came from (a file, an option) and opens the message.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as problem:
+        lines = [_sentence(model, dict(item)) for item in problem.errors()]
+        raise error(f"{origin}: " + "; ".join(lines)) from None
+
+
+def load_yaml(path: Path) -> Any:
+    """Read one YAML document of at most 4 MiB, without constructing Python objects.
+
+    Raises ConfigError when the file is missing, too large or not YAML.
+    """
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes; this is not a configuration")
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        raise ConfigError(f"{path}: not readable as YAML: {problem}") from None
+
+
+def load_config(model: type[ModelT], path: Path) -> ModelT:
+    """Read a YAML file as `model`; ConfigError names the file, the key and the nearest right key."""
+    values = load_yaml(path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: found {type(values).__name__}, expected a mapping of keys to values")
+    return parse(model, values, str(path))
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """' (did you mean `x`?)' for the closest known word, else a list of what is known."""
+    match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if match:
+        return f" (did you mean `{match[0]}`?)"
+    return f" (known: {', '.join(sorted(known))})" if known else ""
+
+
+def _sentence(model: type[BaseModel], item: dict[str, Any]) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"`{key}` is not a key here{nearest(location[-1], _keys_at(model, location[:-1]))}"
+    if item["type"] == "missing":
+        return f"`{key}` is missing"
+    found = item.get("input")
+    shown = repr(found)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return f"`{key}`: {item['msg']} (found {shown})" if key else f"{item['msg']}"
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """The keys that the model nested at `location` accepts; [] when it cannot be told."""
+    here: list[type[BaseModel]] = [model]
+    for part in location:
+        below: list[type[BaseModel]] = []
+        for candidate in here:
+            field = candidate.model_fields.get(part)
+            if field is not None:
+                below += _models_in(field.annotation)
+        here = below or here  # a list index or the tag of a union leaves us where we are
+    return sorted({name for candidate in here for name in candidate.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]

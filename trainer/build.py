@@ -1,0 +1,80 @@
+"""From a configuration to a model, and from a run folder back to one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.errors import ConfigError, DataError
+from trainer.config import Config, read_config
+from trainer.data import Corpus
+from trainer.detector import Detector, DetectorShape
+from trainer.pyramid import PyramidShape
+
+CONFIG = "config.yaml"
+CHECKPOINT = "checkpoint.pt"
+
+
+def hop_of(config: Config, sample_rate: float) -> int:
+    """Samples a frame: as configured, or what comes nearest to `frame_rate`; 1 for features."""
+    if config.model.front == "features":
+        return 1
+    return config.model.hop or max(1, round(sample_rate / config.model.frame_rate))
+
+
+def build_detector(config: Config, channels: int, classes: int, sample_rate: float) -> Detector:
+    """A detector with fresh weights."""
+    model = config.model
+    if model.context != "causal":
+        raise ConfigError("`model.context: full` is for whole recordings; build it with `build_offline`")
+    pyramid = PyramidShape(
+        width=model.width,
+        heads=model.heads,
+        window=model.window,
+        levels=model.levels,
+        stem=model.stem,
+        embed=model.embed,
+        expansion=model.expansion,
+        chunk=model.chunk,
+        relative=model.relative,
+        dropout=model.dropout,
+        drop_path=model.drop_path,
+    )
+    hop = hop_of(config, sample_rate) if model.front == "signal" else 0
+    return Detector(DetectorShape(channels, classes, pyramid, hop, model.stem_width))
+
+
+def describe(corpus: Corpus) -> dict[str, Any]:
+    """What a checkpoint must remember of its data."""
+    return {
+        "classes": list(corpus.classes),
+        "channels": corpus.channels,
+        "sample_rate": corpus.sample_rate,
+    }
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of ours: tensors and plain values only, no code is unpickled."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: there is no such checkpoint; `onset train CONFIG --output RUN` makes one"
+        ) from None
+    except Exception as problem:
+        raise DataError(f"{path}: not readable as a checkpoint: {problem}") from None
+    if not isinstance(content, dict) or "ema" not in content:
+        raise DataError(f"{path}: not a checkpoint of `onset train`")
+    return content
+
+
+def load_run(run: Path) -> tuple[Config, Detector, dict[str, Any]]:
+    """The configuration, the detector with its averaged weights, and the checkpoint's record of a run."""
+    config = read_config(run / CONFIG)
+    content = load_checkpoint(run / CHECKPOINT)
+    facts = content["data"]
+    detector = build_detector(config, facts["channels"], len(facts["classes"]), facts["sample_rate"])
+    detector.load_state_dict(content["ema"])
+    return config, detector.eval(), content

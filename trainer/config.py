@@ -1,0 +1,123 @@
+"""The training configuration: one YAML file, every key of which has a default that is meant to work.
+
+Paths are relative to the file's folder. Times are in seconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from engine.manifest import Decoding, Positive
+from engine.schema import Strict, load_config
+
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class DataConfig(Strict):
+    """Where the recordings are, and which of them train."""
+
+    annotations: Path
+    recordings: Path = Field(description="the folder of NAME.npy, NAME.npz or NAME.csv")
+    train: tuple[str, ...] = ("train",)
+    test: tuple[str, ...] = ("test",)
+    holdout: tuple[str, ...] = Field(
+        (), description="subjects or recordings kept out of training, to choose with"
+    )
+    sample_rate: float | None = Field(None, gt=0, description="Hz; default: the annotations' fps")
+    units: tuple[str, ...] | None = None
+    channels: tuple[str, ...] | None = None
+    notice: str = Field("", description="origin, licence and citation, carried into the bundle")
+
+
+class ModelConfig(Strict):
+    """The detector. `window` in tokens of a level, `chunk` in frames."""
+
+    context: Literal["causal", "full"] = "causal"
+    front: Literal["signal", "features"] = "signal"
+    frame_rate: float = Field(5.0, gt=0, description="frames a second aimed at; decides the hop of a signal")
+    hop: Positive | None = Field(None, description="samples a frame; default: sample_rate / frame_rate")
+    chunk: Positive = 2
+    width: Positive = 96
+    stem_width: Positive = 48
+    heads: Positive = 4
+    levels: Positive = 6
+    window: Positive = 16
+    embed: int = Field(2, ge=0)
+    stem: int = Field(2, ge=0)
+    expansion: Positive = 2
+    relative: bool = True
+    dropout: Rate = 0.1
+    drop_path: Rate = 0.1
+
+    @model_validator(mode="after")
+    def _possible(self) -> ModelConfig:
+        if self.chunk & (self.chunk - 1):
+            raise ValueError(
+                f"`chunk` is {self.chunk}, expected a power of two, so that strides align with it"
+            )
+        if self.width % self.heads:
+            raise ValueError(f"`width` {self.width} is not a multiple of `heads` {self.heads}")
+        if self.front == "features" and self.hop not in (None, 1):
+            raise ValueError("`hop` belongs to `front: signal`; a feature stream has one vector a frame")
+        return self
+
+
+class AugmentConfig(Strict):
+    """What happens to a training crop of a signal; 0 turns a part off."""
+
+    noise: float = Field(0.05, ge=0, description="standard deviation, in units of the channel's own")
+    scale: float = Field(0.1, ge=0, description="standard deviation of a gain for each channel")
+    shift: float = Field(
+        0.05, ge=0, description="standard deviation of an offset, in units of the channel's own"
+    )
+    rotate: float = Field(0.0, ge=0, description="degrees; random rotation of each triad of axes")
+    triads: tuple[tuple[int, int, int], ...] = ()
+    splice: Rate = Field(0.5, description="chance that a crop is joined from pieces of several recordings")
+    drop: Rate = Field(0.1, description="chance that a stretch of a crop is missing, as after a lost message")
+
+
+class TrainConfig(Strict):
+    """Optimisation."""
+
+    steps: Positive = 3000
+    batch: Positive = 16
+    crop: float = Field(60.0, gt=0, description="seconds of a training crop")
+    reach: float = Field(2.0, gt=0, description="seconds for which a start or an end counts as news")
+    learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup: int = Field(200, ge=0, description="steps")
+    clip: float = Field(1.0, gt=0, description="largest L2 norm of the gradient")
+    ema: float = Field(0.999, ge=0, lt=1)
+    ongoing_weight: float = Field(1.0, ge=0)
+    start_weight: float = Field(1.0, ge=0)
+    end_weight: float = Field(1.0, ge=0)
+    offset_weight: float = Field(0.5, ge=0)
+    checkpoint_every: Positive = Field(500, description="steps")
+
+
+class Config(Strict):
+    """A training run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    decoding: Decoding = Decoding()
+    seed: int = 0
+
+
+def read_config(path: Path) -> Config:
+    """Read a training configuration; its paths become relative to the working directory."""
+    config = load_config(Config, path)
+    folder = path.parent
+    data = config.data.model_copy(
+        update={
+            "annotations": folder / config.data.annotations.expanduser(),
+            "recordings": folder / config.data.recordings.expanduser(),
+        }
+    )
+    return config.model_copy(update={"data": data})

@@ -1,0 +1,228 @@
+"""Training data: recordings in memory, random crops of them, augmentation.
+
+Crops begin at any sample, so that every phase of the hop is seen, and may be spliced from pieces of several
+recordings: where activities were recorded in a fixed order, a detector that learned the order would be of no
+use on a live stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.errors import DataError
+from engine.recording import read_recording
+from trainer.annotations import Annotations, Recording, find_recording, read_annotations
+from trainer.config import AugmentConfig, Config, DataConfig
+from trainer.targets import Targets, assign
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Track:
+    """One recording in memory: `samples` [T, C]; `segments` [n, 2] in samples; `labels` [n]."""
+
+    name: str
+    samples: FloatArray
+    segments: NDArray[np.float64]
+    labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The recordings of some subsets, with the classes of the whole annotation file."""
+
+    tracks: tuple[Track, ...]
+    classes: tuple[str, ...]
+    sample_rate: float
+
+    @property
+    def channels(self) -> int:
+        """Numbers in a sample."""
+        return int(self.tracks[0].samples.shape[1])
+
+    @property
+    def seconds(self) -> float:
+        """Length of all recordings together."""
+        return sum(len(track.samples) for track in self.tracks) / self.sample_rate
+
+
+def choose(annotations: Annotations, data: DataConfig, subset: str) -> list[Recording]:
+    """The recordings of `train`, `test`, `holdout` or a subset's own name, in the file's order."""
+    held = set(data.holdout)
+
+    def is_held(recording: Recording) -> bool:
+        return recording.name in held or (recording.subject is not None and recording.subject in held)
+
+    names = {"train": data.train, "test": data.test}.get(subset, (subset,))
+    if subset == "holdout":
+        chosen = [r for r in annotations.recordings if is_held(r)]
+    else:
+        chosen = [r for r in annotations.recordings if r.subset in names and not is_held(r)]
+    if not chosen:
+        known = sorted({r.subset for r in annotations.recordings})
+        raise DataError(
+            f"{data.annotations}: no recording belongs to `{subset}`; its subsets are {', '.join(known)}"
+        )
+    return chosen
+
+
+def load_corpus(data: DataConfig, subset: str) -> Corpus:
+    """Read the recordings of a subset. Raises DataError that lists everything that is wrong."""
+    annotations = read_annotations(data.annotations)
+    chosen = choose(annotations, data, subset)
+    index = {label: i for i, label in enumerate(annotations.classes)}
+    rates = {data.sample_rate or recording.fps for recording in chosen}
+    if len(rates) != 1 or None in rates:
+        raise DataError(
+            f"{data.annotations}: sampling rates {sorted(map(str, rates))}; expected one for all recordings: "
+            "set `data.sample_rate`"
+        )
+    rate = float(next(iter(rates)) or 0.0)
+    tracks: list[Track] = []
+    problems: list[str] = []
+    for recording in chosen:
+        path = find_recording(data.recordings, recording.name)
+        if path is None:
+            problems.append(f"{recording.name}: no file in {data.recordings}")
+            continue
+        try:
+            samples = read_recording(path)
+        except DataError as problem:
+            problems.append(str(problem))
+            continue
+        if not np.isfinite(samples).all():
+            problems.append(f"{path}: holds NaN or Inf")
+        unknown = {segment.label for segment in recording.segments} - index.keys()
+        if unknown:
+            problems.append(f"{recording.name}: labels {sorted(unknown)} are not among the classes")
+            continue
+        segments = np.array([(s.start, s.end) for s in recording.segments], np.float64).reshape(-1, 2)
+        labels = np.array([index[s.label] for s in recording.segments], np.int64)
+        tracks.append(Track(recording.name, samples, segments * rate, labels))
+    widths = {track.samples.shape[1] for track in tracks}
+    if len(widths) > 1:
+        problems.append(f"recordings have {sorted(widths)} channels; expected one number for all")
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        raise DataError(
+            f"{len(problems)} problems with the recordings of `{subset}` (`onset data check` tells more):\n  {shown}"
+        )
+    return Corpus(tuple(tracks), annotations.classes, rate)
+
+
+def statistics(corpus: Corpus) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Mean and standard deviation of the samples, and standard deviation of first differences, each [C]."""
+    total = sum(len(track.samples) for track in corpus.tracks)
+    mean = sum(track.samples.sum(axis=0, dtype=np.float64) for track in corpus.tracks) / total
+    square = sum(((track.samples - mean) ** 2).sum(axis=0) for track in corpus.tracks) / total
+    steps = sum(
+        (np.diff(track.samples, axis=0).astype(np.float64) ** 2).sum(axis=0) for track in corpus.tracks
+    )
+    return (
+        np.asarray(mean, np.float32),
+        np.asarray(np.sqrt(square), np.float32),
+        np.asarray(np.sqrt(steps / total), np.float32),
+    )
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A training example: `samples` [N * hop, C], `mask` [N], and what to answer."""
+
+    samples: FloatArray
+    mask: FloatArray
+    targets: Targets
+
+
+class Sampler:
+    """Draws random crops of `frames` frames; the same generator state gives the same crops."""
+
+    def __init__(self, corpus: Corpus, config: Config, hop: int, frames: int) -> None:
+        self.corpus, self.hop, self.frames = corpus, hop, frames
+        self.augment = config.augment
+        self.reach = config.train.reach * corpus.sample_rate / hop
+        self._mean, self._std, _ = statistics(corpus)
+        self._weights = np.array([len(track.samples) for track in corpus.tracks], np.float64)
+        self._weights /= self._weights.sum()
+
+    def draw(self, generator: np.random.Generator) -> Crop:
+        """One crop."""
+        length = self.frames * self.hop
+        pieces = 1
+        if generator.random() < self.augment.splice:
+            pieces = int(generator.integers(2, 5))
+        cuts = np.sort(generator.choice(np.arange(1, self.frames), pieces - 1, replace=False)) * self.hop
+        sizes = np.diff([0, *cuts.tolist(), length])
+        samples = np.zeros((length, self.corpus.channels), np.float32)
+        mask = np.ones(self.frames, np.float32)
+        segments, labels, position = [], [], 0
+        for number, size in enumerate(sizes.tolist()):
+            taken, found, classes = self._piece(size, generator)
+            # Where pieces meet, the cut is where the action ends and the next one starts; at the crop's own
+            # borders a segment keeps sticking out, as what the stream did before it was joined.
+            found = found.clip(0 if number else None, size if number < pieces - 1 else None)
+            samples[position : position + len(taken)] = taken
+            mask[(position + len(taken)) // self.hop : (position + size) // self.hop] = 0.0
+            segments.append(found + position)
+            labels.append(classes)
+            position += size
+        if self.augment.drop and generator.random() < self.augment.drop:
+            size = int(generator.integers(1, max(2, self.frames // 8)))
+            first = int(generator.integers(0, self.frames - size + 1))
+            mask[first : first + size] = 0.0
+        samples = augment(samples, self._mean, self._std, self.augment, generator)
+        targets = assign(
+            np.concatenate(segments) / self.hop,
+            np.concatenate(labels),
+            self.frames,
+            len(self.corpus.classes),
+            self.reach,
+        )
+        return Crop(samples, mask, targets)
+
+    def _piece(
+        self, size: int, generator: np.random.Generator
+    ) -> tuple[FloatArray, NDArray[np.float64], NDArray[np.int64]]:
+        """At most `size` samples from a random place, and the segments there, in samples of the piece."""
+        track = self.corpus.tracks[int(generator.choice(len(self.corpus.tracks), p=self._weights))]
+        begin = int(generator.integers(0, max(1, len(track.samples) - size + 1)))
+        end = min(begin + size, len(track.samples))
+        near = (track.segments[:, 1] > begin) & (track.segments[:, 0] < end)
+        inside = track.segments[near] - begin
+        return track.samples[begin:end], inside, track.labels[near]
+
+
+def augment(
+    samples: FloatArray,
+    mean: FloatArray,
+    std: FloatArray,
+    config: AugmentConfig,
+    generator: np.random.Generator,
+) -> FloatArray:
+    """Disturb a crop [T, C] as another person or placement would; `mean` and `std` [C] set the units."""
+    if config.rotate:
+        for triad in config.triads:
+            axes = list(triad)
+            samples[:, axes] = samples[:, axes] @ rotation(config.rotate, generator).astype(np.float32)
+    if config.scale:
+        gain = np.exp(generator.normal(0, config.scale, samples.shape[1])).astype(np.float32)
+        samples = (samples - mean) * gain + mean
+    if config.shift:
+        samples = samples + generator.normal(0, config.shift, samples.shape[1]).astype(np.float32) * std
+    if config.noise:
+        spread = config.noise * generator.random()
+        samples = samples + spread * std * generator.standard_normal(samples.shape, dtype=np.float32)
+    return samples.astype(np.float32, copy=False)
+
+
+def rotation(degrees: float, generator: np.random.Generator) -> NDArray[np.float64]:
+    """A rotation [3, 3] by a normal angle of that standard deviation about a random axis (Rodrigues)."""
+    axis = generator.normal(size=3)
+    x, y, z = axis / np.linalg.norm(axis)
+    angle = np.deg2rad(generator.normal(0, degrees))
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.asarray(np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross)

@@ -1,0 +1,300 @@
+"""The ring buffer of one stream: samples in any order in, whole chunks on the stream's grid out.
+
+A sample is known by `seq`, its index since the epoch's first sample. The ring puts reordered samples in
+order, drops repeats, fills short gaps with masked frames and cuts the stream in two at long ones. What comes
+out depends on which samples came and in what order they did, never on how they were cut into messages nor on
+when they were popped; within the reorder window it does not depend on the order either.
+
+The rules, with R = reorder window, G = largest gap to fill, head = one past the newest sample:
+- a missing sample is given up once head is more than R beyond it (`seq < head - R`), or on `flush`;
+- a run of missing samples that has been given up is masked if it is at most G long; a longer one ends the
+  segment, and the next segment, with a grid of its own, begins at the first sample behind it;
+- a segment begins at the first sample before which nothing can come any more: at `seq` 0 at once, in the
+  middle of a stream once R has passed.
+
+Pure: no clock, no I/O, memory fixed at construction.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one step takes. `first_sample` is the `seq` of its first sample, `origin` its segment's."""
+
+    samples: FloatArray
+    """[chunk * hop, C]; zero where `mask` is False"""
+    mask: BoolArray
+    """[chunk]; a frame counts only if all of its samples are there"""
+    first_sample: int
+    origin: int
+    filled_gaps: int
+    """gaps that begin in this chunk and were filled; padding at the end is none"""
+    captured_start: float | None
+    """the producer's wall clock at the chunk's first sample, seconds since 1970; None if it never told"""
+    captured_end: float | None
+    """the same at the end of the chunk, one sample's time after its last sample"""
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """A run of missing samples [start, end) too long to fill: one segment is over, another begins."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """After `flush` or `finish`: nothing is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What became of a push; all but `reordered` are numbers of samples."""
+
+    taken: int
+    """samples dealt with, counted from the front; the rest did not fit: pop, then push them again, also when
+    there was nothing to pop (a segment that ends in a gap leaves the ring free to move on)"""
+    new: int
+    repeated: int
+    late: int
+    reordered: bool
+    """something new went in front of something older"""
+
+
+class Ring:
+    """The ring buffer of one stream in one epoch of its producer."""
+
+    def __init__(
+        self, hop: int, chunk: int, channels: int, rate: float, reorder: float, max_gap: float
+    ) -> None:
+        """`hop` samples a frame, `chunk` frames a step, `rate` in Hz, `reorder` and `max_gap` in seconds."""
+        self._hop = hop
+        self._frames = chunk
+        self._chunk = chunk * hop
+        self._rate = rate
+        self._reorder = round(reorder * rate)
+        self._max_gap = round(max_gap * rate)
+        # Whatever is pushed, a ring that takes no more has something to pop: a chunk in which everything is
+        # there or given up (chunk + reorder), also when a gap runs through it (+ max_gap). The second reorder
+        # is for a segment that waits for its origin, the second chunk for arrivals during a step.
+        self.capacity = 2 * self._chunk + 2 * self._reorder + self._max_gap + 1
+        self._samples: FloatArray = np.zeros((self.capacity, channels), dtype=np.float32)
+        self._present: BoolArray = np.zeros(self.capacity, dtype=np.bool_)
+        self._offsets = np.arange(self._chunk)
+        self._head: int | None = None  # one past the newest sample, None before the first
+        self._next = 0  # where the next chunk begins; without an origin, the earliest sample to be kept
+        self._given_up = 0  # what is missing below is missing for good
+        self._origin: int | None = None  # of the segment under way
+        self._history_start = 0
+        self._broken: int | None = None  # where a segment ended in a gap whose end is not settled yet
+        self._after_gap = False  # the sample before `_next` was missing
+        self._end: int | None = None  # where the producer says the stream ends
+        self._flushing = False
+        self._anchors: list[tuple[int, float]] = []  # (seq, capture time) of messages, in order of seq
+
+    def push(self, seq: int, samples: FloatArray, anchor: tuple[int, float] | None = None) -> Pushed:
+        """Take `samples` [n, C], the first of which is number `seq`; their memory is not kept.
+
+        `anchor` is the (seq, capture time) of the message that they are a part of.
+        """
+        n = len(samples)
+        if self._head is None:
+            self._head = seq
+            self._next = max(0, seq - self._reorder)
+        elif self._origin is None and self._head <= self._next:
+            self._next = max(self._next, seq - self._reorder)  # nothing is held: the window is free to move
+        stop = min(seq + n, self._next + self.capacity)
+        if stop <= seq:
+            if n:
+                self._given_up = max(self._given_up, seq + 1 - max(1, self._reorder))
+            return Pushed(taken=0, new=0, repeated=0, late=0, reordered=False)
+        floor = max(self._next, self._given_up)
+        start = min(max(seq, floor), stop)
+        repeated = self._count_present(seq, start)
+        late = start - seq - repeated
+        head = self._head
+        if stop > head:
+            self._forget(max(head, stop - self.capacity), stop)
+        slots = self._slots(start, stop)
+        fresh = ~self._present[slots]
+        new = int(np.count_nonzero(fresh))
+        repeated += stop - start - new
+        if new:
+            rows = samples[start - seq : stop - seq]
+            self._samples[slots[fresh]] = rows[fresh]
+            self._present[slots] = True
+            self._head = max(head, stop)
+            self._given_up = max(self._given_up, self._head - self._reorder)
+            if anchor is not None and anchor not in self._anchors[-1:]:
+                insort(self._anchors, anchor)
+        reordered = new > 0 and start + int(np.argmax(fresh)) < head
+        return Pushed(stop - seq, new, repeated, late, reordered)
+
+    def pop(self) -> Chunk | Gap | End | None:
+        """The next chunk, or the long gap that comes before it, or the end; None: wait for more."""
+        if self._end is not None and not self._flushing and self._complete(self._end):
+            self._flushing = True
+        if self._origin is None:
+            if not self._settle():
+                return End() if self._flushing else None
+            assert self._origin is not None
+            if self._broken is not None:
+                gap = Gap(self._broken, self._origin)
+                self._broken = None
+                return gap
+        return self._pop_chunk(self._origin)
+
+    def flush(self) -> None:
+        """Nothing more will come: give up what is missing, pad the last chunk with masked frames."""
+        self._flushing = True
+
+    def finish(self, end: int) -> None:
+        """The producer says that the stream ends before sample `end`: flush once all before it is there."""
+        self._end = end
+
+    @property
+    def finishing(self) -> bool:
+        """`finish` was called, and something before the end may still come."""
+        return self._end is not None and not self._flushing
+
+    def cut(self) -> None:
+        """End the segment behind the last popped chunk; another begins at the next sample."""
+        self._origin = None
+        self._broken = None
+
+    def history(self) -> tuple[int, FloatArray, BoolArray]:
+        """The newest popped samples of this segment, as far as the capacity reaches.
+
+        Returns (seq of the first, samples [n, C], which of them are there [n]): copies.
+        """
+        if self._head is None or self._origin is None:
+            return self._next, self._samples[:0].copy(), self._present[:0].copy()
+        start = max(self._history_start, self._head - self.capacity)
+        stop = max(start, min(self._next, self._head))
+        slots = self._slots(start, stop)
+        present = self._present[slots]
+        return start, np.where(present[:, None], self._samples[slots], np.float32(0)), present
+
+    def _pop_chunk(self, origin: int) -> Chunk | End | Gap | None:
+        assert self._head is not None
+        start, stop = self._next, self._next + self._chunk
+        head = self._head
+        slots = (start % self.capacity + self._offsets) % self.capacity
+        # Rows at or beyond head hold samples of a round before, or none.
+        present = self._present[slots] & (self._offsets < head - start)
+        gaps = 0
+        after_gap = False
+        cut = False
+        if not present.all():
+            given_up = head if self._flushing else self._given_up
+            after_gap = self._after_gap
+            at = start  # all before `at` is decided
+            while at < stop and not cut:
+                rest = present[at - start :]
+                if rest.all():
+                    after_gap = False
+                    break
+                missing = at + int(np.argmin(rest))
+                if missing > at:
+                    after_gap = False
+                if missing >= head and self._flushing:
+                    if missing == start:
+                        self._origin = None
+                        return End()
+                    break
+                # Nothing there behind `missing`, yet given up: what comes next is beyond the ring (see push).
+                if missing >= max(head, given_up):
+                    return None
+                found = self._first_present(missing, head)
+                if min(given_up, found) - missing > self._max_gap:
+                    cut = True  # too long: the segment ends at `missing`
+                    self._broken = missing
+                    self._next = min(given_up, found)
+                    present[missing - start :] = False
+                    break
+                if found - missing > self._max_gap or given_up < min(found, stop):
+                    return None  # some of it may still come
+                gaps += not after_gap
+                after_gap = True
+                at = found
+            if cut and self._broken == start:
+                self._origin = None
+                return self.pop()
+        mask = present.reshape(self._frames, self._hop).all(axis=1)
+        samples = self._samples[slots]
+        samples[~np.repeat(mask, self._hop)] = 0
+        # The end is told from the last sample: the message behind it may or may not have come by now.
+        captured_end = self._captured(stop - 1)
+        if captured_end is not None:
+            captured_end += 1 / self._rate
+        chunk = Chunk(samples, mask, start, origin, gaps, self._captured(start), captured_end)
+        if cut:
+            self._origin = None
+        else:
+            self._next = stop
+            self._after_gap = after_gap
+        passed = bisect_right(self._anchors, (min(self._next, stop) - 1, float("inf")))
+        if passed > 1:
+            del self._anchors[: passed - 1]
+        return chunk
+
+    def _captured(self, seq: int) -> float | None:
+        """Linear, at the nominal rate, from the latest message that begins at or before `seq`."""
+        found = bisect_right(self._anchors, (seq, float("inf")))
+        if not found:
+            return None
+        start, time = self._anchors[found - 1]
+        return time + (seq - start) / self._rate
+
+    def _settle(self) -> bool:
+        """Begin a segment at the first sample that is there, once nothing can come before it."""
+        if self._head is None or self._head <= self._next:
+            return False
+        first = self._first_present(self._next, self._head)
+        if first >= self._head:
+            return False
+        if not (self._flushing or first == self._next or self._given_up >= first):
+            return False
+        self._origin = self._next = self._history_start = first
+        self._after_gap = False
+        return True
+
+    def _complete(self, end: int) -> bool:
+        """Whether everything from the next sample to `end` is there."""
+        if self._head is None:
+            return True
+        if self._head < end:
+            return False
+        if self._next >= self._head:
+            return True
+        return bool(self._present[self._slots(self._next, self._head)].all())
+
+    def _first_present(self, start: int, stop: int) -> int:
+        """The first sample of [start, stop) that is there; a seq beyond the ring when there is none."""
+        stop = min(stop, self._next + self.capacity)
+        present = self._present[self._slots(start, stop)]
+        return start + int(np.argmax(present)) if present.any() else self._next + self.capacity
+
+    def _count_present(self, start: int, stop: int) -> int:
+        """How many of the samples [start, stop) are still remembered to have come."""
+        assert self._head is not None
+        start, stop = max(start, self._head - self.capacity), min(stop, self._head)
+        return int(np.count_nonzero(self._present[self._slots(start, stop)])) if start < stop else 0
+
+    def _forget(self, start: int, stop: int) -> None:
+        self._present[self._slots(start, stop)] = False
+
+    def _slots(self, start: int, stop: int) -> NDArray[np.intp]:
+        # seq may be beyond int64, so it is reduced before numpy sees it
+        return (start % self.capacity + np.arange(max(0, stop - start))) % self.capacity

@@ -147,11 +147,11 @@ def _rendered(report: Report) -> Iterable[Table | Text]:
     yield from _listed("error", report.errors, "bold red")
     yield from _listed("warning", report.warnings, "yellow")
     if report.errors:
-        yield Text(f"{len(report.errors)} errors, {len(report.warnings)} warnings", style="bold red")
+        yield Text(f"Errors: {len(report.errors)}. Warnings: {len(report.warnings)}.", style="bold red")
     elif report.warnings:
-        yield Text(f"No errors, {len(report.warnings)} warnings: ready to train", style="bold green")
+        yield Text(f"No errors. Warnings: {len(report.warnings)}. Ready to train.", style="bold green")
     else:
-        yield Text("No problems: ready to train", style="bold green")
+        yield Text("No problems. Ready to train.", style="bold green")
 
 
 def _listed(kind: str, items: Sequence[str], style: str) -> Iterable[Text]:
@@ -247,7 +247,7 @@ def _check_rates(
     unknown = [name for name in shapes if name not in rates]
     if unknown:
         findings.errors.append(
-            f"no rate for {len(unknown)} recordings (`{unknown[0]}` and so on): the annotations give neither "
+            f"no rate for `{unknown[0]}`{_and_more(unknown)}: the annotations give neither "
             "`fps` nor `duration`; give the samples a second with --rate"
         )
     stated = {item.fps for item in annotations.recordings if item.name in rates and item.fps is not None}
@@ -277,8 +277,12 @@ def _check_strays(folder: Path, used: set[Path], findings: _Findings) -> None:
         if path.suffix.lower() in SUFFIXES and path.is_file() and path.resolve() not in used
     ]
     if strays:
-        shown = ", ".join(strays[:5]) + (" and so on" if len(strays) > 5 else "")
-        findings.warnings.append(f"{len(strays)} files in {folder} belong to no annotation: {shown}")
+        more = f" and {len(strays) - 5} more" if len(strays) > 5 else ""
+        findings.warnings.append(f"in {folder} without annotation: {', '.join(strays[:5])}{more}")
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def _summary(label: str, annotations: Annotations) -> ClassSummary:

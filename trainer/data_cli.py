@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -26,7 +27,7 @@ def check(
         Path,
         typer.Argument(
             metavar="ANNOTATIONS",
-            help="Labels: ActivityNet-style .json, or a .csv with the header recording,start,end,label[,subset].",
+            help="Labels: ActivityNet-style .json, or .csv with columns recording,start,end,label,subset.",
         ),
     ],
     folder: Annotated[
@@ -38,9 +39,7 @@ def check(
     ],
     rate: Annotated[
         float | None,
-        typer.Option(
-            help="Samples (or feature frames) a second, where the annotations' fps is absent or is the video's."
-        ),
+        typer.Option(help="Samples (or feature frames) a second, where fps is absent or means the video."),
     ] = None,
 ) -> None:
     """Say everything that is wrong with recordings and labels, at once.
@@ -55,7 +54,7 @@ def check(
     if rate is not None and not 0 < rate < float("inf"):
         raise ConfigError(f"`--rate {rate:g}`: expected samples a second, more than 0")
     report = check_data(annotations, folder, rate)
-    Console().print(render(report))
+    _console().print(render(report))
     raise typer.Exit(1 if report.errors else 0)
 
 
@@ -81,9 +80,15 @@ def hapt(
     Example: `onset data hapt HAPT/RawData data/hapt`
     """
     done = convert_hapt(raw, output)
-    console = Console()
+    console = _console()
     console.print(
         f"{done.recordings} recordings, {done.segments} segments, {done.hours:.2f} hours: {output}",
         highlight=False,
+        markup=False,
     )
     console.print(NOTICE, style="yellow", highlight=False)
+
+
+def _console() -> Console:
+    # In a pipe there is no width to keep to, and a line that was broken is hard to search for.
+    return Console(width=None if sys.stdout.isatty() else 200)

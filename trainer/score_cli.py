@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -35,15 +36,15 @@ def score(
     frames: Annotated[
         Path | None,
         typer.Option(
-            help="Frame scores (.npz: one array [T, K] a recording, frame_rate, classes) for the per-frame mAP."
+            help="Frame scores for the per-frame mAP: .npz of one [T, K] a recording, frame_rate, classes."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Score predictions: mAP and recall over tIoU, F1, action starts, and how late events came.
 
-    mAP is computed as by the official evaluators of ActivityNet and ActionFormer. Delays need events: they say
-    how many seconds of the stream passed between the true start (or end) and the event that told of it.
+    mAP is computed as by the official evaluators of ActivityNet and ActionFormer. Delays need events: they
+    say how many seconds of the stream passed between the true start (or end) and the event that told of it.
     Streams are matched to recordings by name.
 
     Example: `onset score events.jsonl annotations.json --subset test --tiou 0.5:0.95:0.05`
@@ -56,7 +57,8 @@ def score(
     if as_json:
         typer.echo(scores.to_json())
     else:
-        Console().print(scoring.render(scores))
+        # In a pipe there is no width to keep to, and a table that was squeezed is hard to read.
+        Console(width=None if sys.stdout.isatty() else 200).print(scoring.render(scores))
 
 
 def plot(
@@ -85,8 +87,8 @@ def plot(
 ) -> None:
     """Draw a timeline of what was detected: a colour for each class, a mark where each start was announced.
 
-    Actions that were aborted, or had not ended when the events stop, are hatched. Needs matplotlib:
-    pip install 'onset[plot]'.
+    Actions that were aborted, or had not ended when the events stop, are hatched. Needs matplotlib, which
+    the extra `plot` brings.
 
     Example: `onset plot events.jsonl --truth annotations.json --output timeline.png`
     """
@@ -94,7 +96,8 @@ def plot(
     names = [name.strip() for name in streams.split(",") if name.strip()]
     result = plotting.plot(events, output, annotations, names, limit, _window(window))
     more = f"; {result.left_out} more in the file: choose with --streams" if result.left_out else ""
-    Console().print(f"{output}: {len(result.streams)} streams{more}", highlight=False)
+    shown = len(result.streams)
+    typer.echo(f"{output}: {shown} stream{'s' if shown > 1 else ''}{more}")
 
 
 def _window(text: str) -> tuple[float, float] | None:

@@ -209,7 +209,7 @@ def score(
 
 
 def render(scores: Scores) -> Group:
-    """The scores as rich tables: one line a tIoU, one a class, then starts, delays and what to know."""
+    """The scores as rich tables: one line a tIoU, one a class, then F1, starts, delays and what to know."""
     return Group(*_rendered(scores))
 
 
@@ -293,7 +293,7 @@ def _notes(scores: Scores) -> Iterable[str]:
             "their actions count as missed."
         )
     if scores.ignored_recordings:
-        yield f"Predictions for {scores.ignored_recordings} recordings outside this subset were left out."
+        yield f"Recordings outside this subset whose predictions were left out: {scores.ignored_recordings}."
     if scores.unknown_labels:
         yield (
             f"Labels that the annotations do not know: {', '.join(scores.unknown_labels)}. "

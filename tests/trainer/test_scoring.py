@@ -190,7 +190,7 @@ def test_the_table_shows_the_numbers_and_the_notes() -> None:
         "frame mAP",
         "mean +0.25 s",
         "1 of 2 recordings have no predictions",
-        "Predictions for 1 recordings outside this subset",
+        "whose predictions were left out: 1.",
         "do not know: jump",
     ):
         assert part in text

@@ -148,12 +148,11 @@ class Ring:
         if self._origin is None:
             if not self._settle():
                 return End() if self._flushing else None
-            assert self._origin is not None
             if self._broken is not None:
-                gap = Gap(self._broken, self._origin)
+                gap = Gap(self._broken, self._next)
                 self._broken = None
                 return gap
-        return self._pop_chunk(self._origin)
+        return self._pop_chunk()
 
     def flush(self) -> None:
         """Nothing more will come: give up what is missing, pad the last chunk with masked frames."""
@@ -162,6 +161,16 @@ class Ring:
     def finish(self, end: int) -> None:
         """The producer says that the stream ends before sample `end`: flush once all before it is there."""
         self._end = end
+
+    @property
+    def end(self) -> int | None:
+        """Where the producer said that the stream ends, or None."""
+        return self._end
+
+    @property
+    def flushing(self) -> bool:
+        """Nothing more is expected."""
+        return self._flushing
 
     @property
     def finishing(self) -> bool:
@@ -186,8 +195,10 @@ class Ring:
         present = self._present[slots]
         return start, np.where(present[:, None], self._samples[slots], np.float32(0)), present
 
-    def _pop_chunk(self, origin: int) -> Chunk | End | Gap | None:
+    def _pop_chunk(self) -> Chunk | End | Gap | None:
         assert self._head is not None
+        assert self._origin is not None
+        origin = self._origin
         start, stop = self._next, self._next + self._chunk
         head = self._head
         slots = (start % self.capacity + self._offsets) % self.capacity
@@ -231,7 +242,7 @@ class Ring:
             if cut and self._broken == start:
                 self._origin = None
                 return self.pop()
-        mask = present.reshape(self._frames, self._hop).all(axis=1)
+        mask: BoolArray = np.all(present.reshape(self._frames, self._hop), axis=1)
         samples = self._samples[slots]
         samples[~np.repeat(mask, self._hop)] = 0
         # The end is told from the last sample: the message behind it may or may not have come by now.

@@ -5,7 +5,7 @@
 | v      | 1                 | version of this format                                                       |
 | stream | str               | which stream: 1 to 128 printable characters                                  |
 | epoch  | uint64, default 0 | chosen by the producer whenever it starts; higher is newer                   |
-| seq    | uint64            | index of the message's first sample since the epoch's first sample           |
+| seq    | uint, below 2^48  | index of the message's first sample since the epoch's first sample           |
 | time   | float or nil      | seconds since 1970 at the capture of the first sample                        |
 | rate   | float             | samples a second, Hz; must be the bundle's within 0.1 %                      |
 | dtype  | str               | "float32"/"f4", "float16"/"f2" or "int16"/"i2", little endian                |
@@ -65,6 +65,7 @@ _DTYPES: dict[str, tuple[DtypeName, np.dtype[Any]]] = {
 _REQUIRED = ("v", "stream", "seq", "rate", "dtype", "shape", "data")
 _KNOWN = frozenset((*_REQUIRED, "epoch", "time", "scale", "end"))
 _MAX_UINT64 = 2**64 - 1
+_MAX_SEQ = 2**48  # 178,000 years at 50 Hz; times in float64 seconds stay exact to a sample
 _MAX_TIME = 1e11  # the year 5138: what lies beyond is not seconds
 
 
@@ -200,8 +201,8 @@ def _message(stream: str, fields: dict[str, Any], limits: Limits) -> Message:
     n, channels = _shape(fields, end)
     if channels != limits.channels:
         raise WireError("channels", f"{channels} channels, the bundle expects {limits.channels}")
-    if seq + n > _MAX_UINT64:
-        raise WireError("bad_field", f"`seq` {seq} and {n} samples reach beyond 64 bits")
+    if seq + n > _MAX_SEQ:
+        raise WireError("bad_field", f"`seq` {seq} and {n} samples reach beyond 2^48 = {_MAX_SEQ}")
     samples = _samples(fields, name, dtype, n, channels)
     return Message(stream, seq, samples, rate, epoch, time, end)
 

@@ -1,0 +1,99 @@
+"""Finite recordings through the live runtime: the same rings, steps and trackers that a service runs.
+
+The order of events is the same for every way of cutting the recordings into arrivals, across streams too: in
+each round every recording is fed until it has exactly one thing to do, and then all of them do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from engine.session import OnnxSession, Session
+from stream.config import RuntimeSettings, overridden
+from stream.counters import Counters
+from stream.recording_source import load, messages, paced, stream_ids
+from stream.runtime import Runtime
+from stream.sinks import EventWriter, WholeFile, standard_output
+from stream.wire import Message
+
+# Recordings beside one another: enough to fill a batch, few enough to hold all of their samples.
+AT_ONCE = 16
+
+
+def detect_recordings(
+    bundle: Path,
+    recordings: Sequence[Path],
+    output: Path | None,
+    arrival: int = 0,
+    realtime: float | None = None,
+    min_score: float | None = None,
+    threads: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Counters:
+    """Write the events of `recordings` as JSON lines to `output` (None: standard output).
+
+    `arrival`: samples that come at once (0: all); `realtime`: pace, 1 is that of the recording (None: as fast
+    as possible); `min_score`: in place of the bundle's emission thresholds; `progress` is told fractions of
+    recordings, 1.0 for each in all. The file is complete or absent.
+
+    Raises BundleError, ConfigError, DataError.
+    """
+    ids = stream_ids(recordings)
+    at_once = max(1, min(AT_ONCE, len(recordings)))
+    session: Session = OnnxSession(bundle, slots=at_once, threads=threads)
+    manifest = session.manifest
+    lengths: dict[str, int] = {}
+
+    def sources() -> Iterator[tuple[str, Iterator[Message]]]:
+        for stream, path in zip(ids, recordings, strict=True):
+            samples = load(path, manifest.frame.channels)
+            lengths[stream] = len(samples)
+            source = messages(stream, samples, manifest.frame.sample_rate, arrival)
+            yield stream, source if realtime is None else paced(source, realtime)
+
+    def report(message: Message) -> None:
+        if progress is not None:
+            progress(len(message.samples) / lengths[message.stream])
+
+    decoding = manifest.decoding
+    if min_score is not None:
+        scores = {"start_threshold": min_score, "end_threshold": min_score}
+        decoding = overridden(decoding, scores, "--min-score")
+    writer: EventWriter = standard_output() if output is None else WholeFile(output)
+    settings = RuntimeSettings(max_streams=at_once, max_batch=at_once)
+    runtime = Runtime(session, writer.write, settings, decoding=decoding)
+    replay(runtime, sources(), at_once, report)
+    writer.close()
+    return runtime.counters
+
+
+def replay(
+    runtime: Runtime,
+    sources: Iterable[tuple[str, Iterator[Message]]],
+    at_once: int,
+    report: Callable[[Message], None] | None = None,
+) -> None:
+    """Run `sources` (stream id, its messages), `at_once` of them beside one another, to their ends.
+
+    Sources are taken up lazily, in their order; `report` is told each message.
+    """
+    waiting = iter(sources)
+    active: dict[str, Iterator[Message]] = {}
+    while True:
+        while len(active) < at_once and (more := next(waiting, None)) is not None:
+            active[more[0]] = more[1]
+        if not active:
+            return
+        for stream, source in list(active.items()):
+            while not runtime.ready(stream):
+                message = next(source, None)
+                if message is None:
+                    runtime.end(stream)
+                    if not runtime.ready(stream):
+                        del active[stream]
+                    break
+                runtime.offer(message)
+                if report is not None:
+                    report(message)
+        runtime.run_ready()

@@ -1,0 +1,172 @@
+"""The verbs of this package: `onset detect`, `onset run`, `onset send`. The command line registers them."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from engine.errors import ConfigError
+from stream.config import load_service_config
+from stream.offline import detect_recordings
+from stream.recording_source import load, messages, paced, stream_ids
+from stream.service import serve, stopped_by_signals
+from stream.wire import DtypeName, Message
+from stream.zmq_producer import ZmqProducer
+
+_DTYPES = ("float32", "float16", "int16")
+
+
+def detect(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle, as `onset export` writes it.")],
+    recordings: Annotated[
+        list[Path], typer.Argument(help="Recordings: .npy, .npz or .csv, samples x channels.")
+    ],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="File for the events, one JSON object a line; - is stdout.")
+    ],
+    arrival: Annotated[
+        int, typer.Option(min=0, help="Samples that come at once; 0: all. Changes no event.")
+    ] = 0,
+    realtime: Annotated[
+        float | None,
+        typer.Option(help="Pace: 1 is that of the recording, 10 ten times that. Default: full speed."),
+    ] = None,
+    min_score: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Emit from this score on, in place of the bundle's thresholds."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of a step; default: all.")] = None,
+) -> None:
+    """Detect actions in recordings, through the same runtime that serves live streams.
+
+    All recordings are streamed side by side; each becomes a stream named after its file. The events are those
+    that a live stream of these samples would have given, in the same order.
+
+    Example: onset detect BUNDLE recording.npy --output events.jsonl
+    """
+    if realtime is not None and realtime <= 0:
+        raise ConfigError(f"--realtime is {realtime:g}, expected a pace above 0; leave it out for full speed")
+    with _progress() as bar:
+        task = bar.add_task("detecting", total=len(recordings))
+        counters = detect_recordings(
+            bundle,
+            recordings,
+            None if output == "-" else Path(output),
+            arrival=arrival,
+            realtime=realtime,
+            min_score=min_score,
+            threads=threads,
+            progress=lambda fraction: bar.advance(task, fraction),
+        )
+        bar.update(task, completed=len(recordings))
+    values = counters.snapshot()
+    Console(stderr=True).print(
+        f"{len(recordings)} recordings, {values['frames']:g} frames, "
+        f"{values.get('events{action.ended}', 0):g} actions" + ("" if output == "-" else f" -> {output}"),
+        highlight=False,
+    )
+
+
+def run(
+    config: Annotated[
+        Path, typer.Argument(help="The service's YAML; configs/service.yaml explains every key.")
+    ],
+) -> None:
+    """Serve live streams: samples over ZeroMQ in, events as JSON lines out, until SIGTERM or Ctrl-C.
+
+    A log line that begins with "ready" says where it listens. `onset send` sends recordings there;
+    stream/WIRE.md shows how to send from your own program.
+
+    Example: onset run configs/service.yaml
+    """
+    # One line an entry, whole and with its time: this log is read by journald, not by eyes on a terminal.
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True
+    )
+    with stopped_by_signals() as stop:
+        serve(load_service_config(config), stop)
+
+
+def send(
+    recordings: Annotated[
+        list[Path], typer.Argument(help="Recordings: .npy, .npz or .csv, samples x channels.")
+    ],
+    to: Annotated[str, typer.Option("--to", help="Where `onset run` listens, e.g. tcp://127.0.0.1:5555.")],
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Samples a second of the recordings, Hz: files do not tell it. Required."),
+    ] = None,
+    speed: Annotated[
+        float, typer.Option(help="1: real time; 10: ten times that; 0: as fast as it goes.")
+    ] = 1.0,
+    arrival: Annotated[
+        int | None, typer.Option(min=1, help="Samples in one message; default: a tenth of a second.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, float16 or int16 (scaled to the recording's largest value).")
+    ] = "float32",
+    epoch: Annotated[
+        int | None,
+        typer.Option(min=0, help="Number of this start, above those before; default: the time in ns."),
+    ] = None,
+) -> None:
+    """Send recordings to a service as if they were live, all side by side.
+
+    Nothing is dropped: where the service is slower than --speed, this waits. Each recording becomes a stream
+    named after its file.
+
+    Example: onset send recording.npy --to tcp://127.0.0.1:5555 --rate 50
+    """
+    if rate is None or not 0 < rate < float("inf"):
+        raise ConfigError(
+            f"--rate is {'missing' if rate is None else rate}: recordings do not say how many samples a "
+            "second they hold, and the service refuses another rate than its bundle's (`frame.sample_rate` "
+            "in its bundle.json); e.g. --rate 50"
+        )
+    if not 0 <= speed < float("inf"):
+        raise ConfigError(f"--speed is {speed:g}, expected 1 for real time, or 0 for as fast as it goes")
+    if dtype not in _DTYPES:
+        raise ConfigError(f"--dtype is {dtype!r}, expected {', '.join(_DTYPES)}")
+    ids = stream_ids(recordings)
+    size = arrival or max(1, round(rate / 10))
+    start = epoch if epoch is not None else time.time_ns()
+    now = time.time()
+    loaded = [load(path) for path in recordings]
+    scales = {
+        stream: float(abs(samples[abs(samples) < float("inf")]).max()) / 32767 or 1.0
+        for stream, samples in zip(ids, loaded, strict=True)
+    }
+    sources = [
+        messages(stream, samples, rate, size, start, now if speed else None, speed or 1.0)
+        for stream, samples in zip(ids, loaded, strict=True)
+    ]
+    # One queue for all, in the order in which the samples would have been measured.
+    queue: Iterator[Message] = heapq.merge(*sources, key=lambda message: message.seq + len(message.samples))
+    with ZmqProducer(to) as producer, _progress() as bar:
+        task = bar.add_task("sending", total=sum(len(samples) for samples in loaded))
+        for message in paced(queue, speed) if speed else queue:
+            scale = scales[message.stream] if dtype == "int16" else None
+            producer.send(message, cast(DtypeName, dtype), scale)
+            bar.advance(task, len(message.samples))
+        bar.update(task, description="waiting for delivery")
+    Console(stderr=True).print(f"{len(recordings)} recordings sent to {to}", highlight=False)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

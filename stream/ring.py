@@ -37,12 +37,14 @@ class Chunk:
     """[chunk]; a frame counts only if all of its samples are there"""
     first_sample: int
     origin: int
+    frames: int
+    """frames that the stream reached in full; those behind are padding at the end of a segment"""
     filled_gaps: int
     """gaps that begin in this chunk and were filled; padding at the end is none"""
     captured_start: float | None
     """the producer's wall clock at the chunk's first sample, seconds since 1970; None if it never told"""
     captured_end: float | None
-    """the same at the end of the chunk, one sample's time after its last sample"""
+    """the same at the end of `frames`, one sample's time after the last sample"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +207,7 @@ class Ring:
         # Rows at or beyond head hold samples of a round before, or none.
         present = self._present[slots] & (self._offsets < head - start)
         gaps = 0
+        frames = self._frames
         after_gap = False
         cut = False
         if not present.all():
@@ -223,6 +226,7 @@ class Ring:
                     if missing == start:
                         self._origin = None
                         return End()
+                    frames = (head - start) // self._hop
                     break
                 # Nothing there behind `missing`, yet given up: what comes next is beyond the ring (see push).
                 if missing >= max(head, given_up):
@@ -233,6 +237,7 @@ class Ring:
                     self._broken = missing
                     self._next = min(given_up, found)
                     present[missing - start :] = False
+                    frames = (missing - start) // self._hop
                     break
                 if found - missing > self._max_gap or given_up < min(found, stop):
                     return None  # some of it may still come
@@ -246,10 +251,11 @@ class Ring:
         samples = self._samples[slots]
         samples[~np.repeat(mask, self._hop)] = 0
         # The end is told from the last sample: the message behind it may or may not have come by now.
-        captured_end = self._captured(stop - 1)
-        if captured_end is not None:
-            captured_end += 1 / self._rate
-        chunk = Chunk(samples, mask, start, origin, gaps, self._captured(start), captured_end)
+        captured_start = captured_end = self._captured(start)
+        if frames:
+            last = self._captured(start + frames * self._hop - 1)
+            captured_end = None if last is None else last + 1 / self._rate
+        chunk = Chunk(samples, mask, start, origin, frames, gaps, captured_start, captured_end)
         if cut:
             self._origin = None
         else:

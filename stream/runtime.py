@@ -338,7 +338,10 @@ class Runtime:
             stream.now, stream.captured = chunk.first_sample / self._rate, chunk.captured_start
             self.counters.epochs.inc()
             events.append(self._event("stream.started", stream, None))
-        stream.now = (chunk.first_sample + self._manifest.chunk_samples) / self._rate
+        # Padding is no time of the stream: what the network says about it is not heard, so that no event lies
+        # behind the last sample, nor reaches into the segment that follows.
+        hop = self._manifest.frame.hop
+        stream.now = (chunk.first_sample + chunk.frames * hop) / self._rate
         stream.captured = chunk.captured_end
         if not finite:
             # Values that overflow the network would stay in the state for good, so the state is given up.
@@ -350,8 +353,10 @@ class Runtime:
             self._renew_slot(stream)
             stream.ring.cut()
             return
-        first_frame = (chunk.first_sample - chunk.origin) // self._manifest.frame.hop
-        events.extend(stream.tracker.update(moments, first_frame, stream.now, stream.captured))
+        if chunk.frames:
+            reached = {name: values[: chunk.frames] for name, values in moments.items()}
+            first_frame = (chunk.first_sample - chunk.origin) // hop
+            events.extend(stream.tracker.update(reached, first_frame, stream.now, stream.captured))
 
     def _end_segment(self, stream: _Stream, reason: str, orderly: bool, events: list[Event]) -> None:
         if stream.tracker is None:

@@ -35,6 +35,7 @@ def key(item: Chunk | Gap | End) -> tuple[object, ...]:
             item.first_sample,
             tuple(item.mask.tolist()),
             tuple(item.samples[:, 0].tolist()),
+            item.frames,
             item.filled_gaps,
         )
     return ("gap", item.start, item.end) if isinstance(item, Gap) else ("end",)
@@ -87,8 +88,9 @@ def oracle(present: set[int], hop: int, chunk: int, max_gap: int) -> list[tuple[
             values = [
                 float(t + 1) if ok else 0.0 for frame, ok in zip(frames, mask, strict=True) for t in frame
             ]
+            reached = min(chunk, (last + 1 - first) // hop)
             gaps = sum(first <= start < first + hop * chunk for start in gap_starts)
-            items.append(("chunk", origin, first, tuple(mask), tuple(values), gaps))
+            items.append(("chunk", origin, first, tuple(mask), tuple(values), reached, gaps))
     return [*items, ("end",)]
 
 

@@ -53,10 +53,15 @@ class Tensor(Strict):
 class Decoding(Strict):
     """How moments become events. Scores are probabilities, times are seconds of the stream."""
 
-    start_threshold: Probability = Field(0.5, description="a start is announced from this score on")
-    end_threshold: Probability = Field(0.5, description="an ended action is announced from this score on")
-    confident: Probability = Field(0.6, description="a candidate of this score is committed at once")
-    hold: float = Field(1.0, ge=0, description="seconds that a lesser candidate waits for a better one")
+    start_threshold: Probability = Field(0.2, description="a start is announced from this score on")
+    end_threshold: Probability = Field(0.2, description="an ended action is announced from this score on")
+    gate: Probability = Field(
+        0.1,
+        description="below this nothing is a candidate, whatever the thresholds: what is announced is never "
+        "taken back, so a guess that were announced would stand in the way of the truth that follows it",
+    )
+    confident: Probability = Field(0.3, description="a candidate of this score is committed at once")
+    hold: float = Field(0.8, ge=0, description="seconds that a lesser candidate waits for a better one")
     nms_tiou: Probability = Field(0.1, description="largest overlap of two ended segments of one class")
     min_duration: float = Field(0.0, ge=0, description="seconds; shorter segments are dropped")
     max_duration: float = Field(120.0, gt=0, description="seconds; an action open longer than this is ended")
@@ -86,7 +91,10 @@ class Manifest(Strict):
     window: Positive = Field(description="tokens back that attention reaches, on each level")
     receptive_field: Positive = Field(description="frames; a fresh state fed these equals the old one")
     inputs: tuple[Tensor, ...]
-    states: tuple[Tensor, ...] = Field(description="name of the input; the output is `next_` + name")
+    states: tuple[Tensor, ...] = Field(
+        description="what a stream's state is made of; the graph takes them flattened and joined in this order "
+        "as `state` [B, S] and gives `next_state`"
+    )
     outputs: tuple[Tensor, ...]
     decoding: Decoding = Decoding()
     training: Training = Training()

@@ -28,9 +28,7 @@ class Strict(BaseModel):
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
-def parse(
-    model: type[ModelT], values: object, origin: str, error: type[OnsetError] = ConfigError
-) -> ModelT:
+def parse(model: type[ModelT], values: object, origin: str, error: type[OnsetError] = ConfigError) -> ModelT:
     """Validate `values` as `model`; on failure raise `error` with one line for each problem.
 
     `origin` names where the values came from (a file, an option) and opens the message.

@@ -7,17 +7,17 @@ knows; `OnnxSession` runs it on ONNX Runtime. Not thread-safe: one thread owns a
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import BundleError, EngineError
-from engine.manifest import Manifest, Tensor, read_bundle
+from engine.manifest import Manifest, read_bundle
 
 FloatArray = NDArray[np.float32]
 
@@ -58,3 +58,137 @@ class Session(Protocol):
         ignored). Returns each output of the manifest as [B, ...]. Raises EngineError on any misfit.
         """
         ...
+
+
+class OnnxSession:
+    """The step graph on ONNX Runtime (CPU), with the states of `slots` streams.
+
+    The states of all slots lie in one array [slots, S], as the graph takes them: one gather and one scatter a
+    step. A step runs at least `MIN_ROWS` rows, see there.
+    """
+
+    # ONNX Runtime multiplies a single row with another kernel (matrix by vector) than several, and sums in
+    # another order. With two rows or more every row's arithmetic is the same whatever its companions and its
+    # place, which tests/engine/test_session.py proves bit for bit; so a lonely stream gets an idle companion.
+    MIN_ROWS = 2
+
+    def __init__(self, bundle: Path, slots: int = 16, threads: int | None = None) -> None:
+        """Open a bundle. `threads`: those of one step; default: all cores.
+
+        Raises BundleError when the bundle is damaged or its graph is not what its manifest says.
+        """
+        try:
+            import onnxruntime
+        except ImportError:
+            raise BundleError(
+                "onnxruntime is not installed, and nothing else here can run a bundle; "
+                "install it with `pip install onset[cpu]`"
+            ) from None
+        if slots < 1:
+            raise EngineError(f"a session needs at least one slot, {slots} were asked for")
+        self._manifest, graph = read_bundle(bundle)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Threads that spin between steps of a fraction of a millisecond would burn the cores for nothing.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._run = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as problem:
+            raise BundleError(f"{bundle}: ONNX Runtime refuses the graph: {problem}") from None
+        _compare(bundle, self._manifest, self._run)
+        self._outputs = [tensor.name for tensor in self._manifest.outputs]
+        size = sum(math.prod(tensor.shape) for tensor in self._manifest.states)
+        self._states: FloatArray = np.zeros((slots, size), np.float32)
+        self._generations = [0] * slots
+        self._is_open = [False] * slots
+        self._free = list(range(slots - 1, -1, -1))
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest."""
+        return self._manifest
+
+    @property
+    def capacity(self) -> int:
+        """Slots in all."""
+        return len(self._is_open)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one stream's state: the same however long the stream runs."""
+        return int(self._states[0].nbytes)
+
+    def open(self) -> Slot:
+        """See `Session.open`."""
+        if not self._free:
+            raise EngineError(
+                f"all {self.capacity} slots are taken; close one, or open the session with more"
+            )
+        index = self._free.pop()
+        self._states[index] = 0.0
+        self._generations[index] += 1
+        self._is_open[index] = True
+        return Slot(index, self._generations[index])
+
+    def close(self, slot: Slot) -> None:
+        """See `Session.close`."""
+        self._check(slot)
+        self._is_open[slot.index] = False
+        self._free.append(slot.index)
+
+    def step(
+        self, slots: Sequence[Slot], samples: FloatArray, mask: NDArray[np.bool_]
+    ) -> Mapping[str, FloatArray]:
+        """See `Session.step`."""
+        rows = len(slots)
+        for slot in slots:
+            self._check(slot)
+        index = [slot.index for slot in slots]
+        if len(set(index)) != rows:
+            raise EngineError("a stream takes part twice in one step; give each slot once")
+        manifest = self._manifest
+        expected = (rows, manifest.chunk_samples, manifest.frame.channels)
+        if rows == 0 or samples.shape != expected or mask.shape != (rows, manifest.chunk):
+            raise EngineError(
+                f"a step of {rows} slots got samples {list(samples.shape)} and mask {list(mask.shape)}, "
+                f"expected {list(expected)} and {[rows, manifest.chunk]} with at least one slot"
+            )
+        spare = max(0, self.MIN_ROWS - rows)
+        feed = {
+            "samples": np.ascontiguousarray(samples, dtype=np.float32),
+            "mask": mask.astype(np.float32),
+            "state": self._states[index],
+        }
+        if spare:
+            feed = {name: np.pad(a, [(0, spare)] + [(0, 0)] * (a.ndim - 1)) for name, a in feed.items()}
+        *outputs, state = self._run.run([*self._outputs, "next_state"], feed)
+        self._states[index] = state[:rows]
+        return {name: value[:rows] for name, value in zip(self._outputs, outputs, strict=True)}
+
+    def _check(self, slot: Slot) -> None:
+        if not (0 <= slot.index < self.capacity) or (
+            not self._is_open[slot.index] or self._generations[slot.index] != slot.generation
+        ):
+            raise EngineError(
+                f"slot {slot.index} (generation {slot.generation}) is not open; its stream has ended"
+            )
+
+
+def _compare(bundle: Path, manifest: Manifest, run: Any) -> None:
+    """Raise BundleError unless the graph's inputs and outputs are those of the manifest."""
+    size = sum(math.prod(tensor.shape) for tensor in manifest.states)
+    expected = {t.name: (list(t.shape), t.dtype) for t in (*manifest.inputs, *manifest.outputs)}
+    expected |= {name: ([size], "float32") for name in ("state", "next_state")}
+    types = {"tensor(float)": "float32", "tensor(int64)": "int64"}
+    found = {
+        node.name: (list(node.shape[1:]), types.get(node.type, node.type))
+        for node in (*run.get_inputs(), *run.get_outputs())
+    }
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise BundleError(
+                f"{bundle}: tensor `{name}` is {found.get(name, 'missing')} in the graph and "
+                f"{expected.get(name, 'missing')} in the manifest; export the bundle again"
+            )

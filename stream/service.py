@@ -1,8 +1,8 @@
 """The service: ZeroMQ in, events out, until it is told to stop.
 
 Whatever comes over the socket, the service goes on: a message that cannot be read is counted, logged at a
-bounded rate and forgotten. On SIGTERM or SIGINT it takes no more connections, processes what has arrived,
-ends the open streams ("service stopped"), flushes its sinks and returns.
+bounded rate and forgotten. On SIGTERM or SIGINT it processes what has arrived, ends the open streams
+("service stopped"), flushes its sinks and returns.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -33,12 +33,15 @@ _RECEIVE_AT_ONCE = 256
 # How soon a signal or a silent stream is noticed when nothing arrives.
 _POLL_SECONDS = 0.1
 # "What has arrived" ends at the first pause of this length, or after so long with a producer that goes on.
+# (Unbinding first would be no help: ZeroMQ then hangs up on those who are connected, unread bytes and all.)
 _DRAIN_PAUSE_SECONDS = 0.05
 _DRAIN_SECONDS = 5.0
 
 
-def serve(config: ServiceConfig, stop: threading.Event) -> Counters:
-    """Run until `stop` is set; returns what was counted.
+def serve(
+    config: ServiceConfig, stop: threading.Event, on_ready: Callable[[str], None] | None = None
+) -> Counters:
+    """Run until `stop` is set; returns what was counted. `on_ready` is told the address.
 
     Raises BundleError or ConfigError before it is ready; afterwards only what the machine refuses (a full
     disk). The log line that begins with "ready" says that messages are taken, and where.
@@ -61,13 +64,14 @@ def serve(config: ServiceConfig, stop: threading.Event) -> Counters:
             manifest.id,
             config.max_streams,
         )
+        if on_ready is not None:
+            on_ready(source.address)
         while not stop.is_set():
             source.wait(0.0 if runtime.has_ready else _POLL_SECONDS)
             _take(source, runtime, limits, throttle)
             runtime.run_ready()
             runtime.tick()
         log.info("stopping: %d streams are open", len(runtime.streams))
-        source.stop_listening()
         deadline = time.monotonic() + _DRAIN_SECONDS
         while source.wait(_DRAIN_PAUSE_SECONDS) and time.monotonic() < deadline:
             _take(source, runtime, limits, throttle)

@@ -80,11 +80,6 @@ class ZmqSource:
             parts += 1
         raise WireError("multipart", f"found a ZeroMQ message of {parts} parts, expected one part")
 
-    def stop_listening(self) -> None:
-        """Take no more connections; what the present ones have sent can still be received."""
-        if self._endpoint.bind:
-            self._socket.unbind(self.address)
-
     def close(self) -> None:
         """Hang up."""
         self._socket.disable_monitor()

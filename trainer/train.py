@@ -28,7 +28,6 @@ from engine.errors import ConfigError
 from trainer.build import CHECKPOINT, CONFIG, build_detector, describe, hop_of, load_checkpoint
 from trainer.config import Config, TrainConfig
 from trainer.data import Corpus, Crop, Sampler, load_corpus, statistics
-from trainer.detector import Detector
 from trainer.losses import diou, focal
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,269 @@
+"""From candidates to events: the part that decides, and never takes back.
+
+For each class there is at most one open action and one pending candidate for a start and for an end:
+
+1. A start candidate is the moment's start score and time. It is announced at once when it is `confident`;
+   a lesser one, above the threshold, waits up to `hold` seconds for a better one.
+2. An end candidate is a segment: its end from the moment, its start from memory (the announced start of the
+   open action), or from the moment's look back where no action is open. Commit rule as for starts.
+3. An open action that nothing ended is ended when the class has not been going on for `hold` seconds.
+4. A segment that overlaps what was emitted is not emitted (`stream.nms`).
+
+Invariants (tests/stream/test_tracker.py): every instance is started once, then ended or aborted once;
+`start <= end <= time`; times of emission never decrease; ended segments of one class do not overlap by more than
+`nms_tiou`; the state is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.manifest import Decoding, Manifest
+from stream.decoder import SCORE_DIGITS, Moments, decode
+from stream.events import Event, instance_id
+from stream.history import History
+from stream.nms import Emitted
+
+TIME_DIGITS = 6
+# A class with at least this probability counts as still going on, when an open action waits for its end.
+GOING_ON = 0.3
+
+
+@dataclass
+class _Candidate:
+    """What waits to be committed: `score`, the segment, and when it was seen, in samples."""
+
+    score: float
+    start: int
+    end: int
+    seen: int
+
+
+@dataclass
+class _Open:
+    """An action that was announced and has not ended; times in samples."""
+
+    id: str
+    start: int
+    score: float
+    last_seen: int  # the last sample at which it was going on
+
+
+class Tracker:
+    """The events of one epoch of one stream."""
+
+    def __init__(
+        self, manifest: Manifest, stream: str, epoch: int, first_sample: int, decoding: Decoding | None = None
+    ) -> None:
+        self._manifest, self._stream, self._epoch, self._origin = manifest, stream, epoch, first_sample
+        self._decoding = decoding or manifest.decoding
+        self._rate, self._hop = manifest.frame.sample_rate, manifest.frame.hop
+        self._start_threshold = max(self._decoding.start_threshold, self._decoding.gate)
+        self._end_threshold = max(self._decoding.end_threshold, self._decoding.gate)
+        self._hold = round(self._decoding.hold * self._rate)
+        self._longest = round(self._decoding.max_duration * self._rate)
+        classes = range(len(manifest.classes))
+        self._open: dict[int, _Open] = {}
+        self._starts: dict[int, _Candidate] = {}
+        self._ends: dict[int, _Candidate] = {}
+        self._emitted = [Emitted(self._longest) for _ in classes]
+        self._border = [first_sample - 1 for _ in classes]  # a start up to here is no news
+        self._history = History(
+            self._longest // self._hop + 1, len(manifest.classes), first_sample, self._hop
+        )
+        self._patience = 2 * self._hold + self._hop
+
+    def update(
+        self,
+        moments: Mapping[str, NDArray[np.float32]],
+        first_frame: int,
+        now: float,
+        captured: float | None,
+    ) -> list[Event]:
+        """One step's outputs [chunk, ...] of this stream; `first_frame` counts from the epoch's first sample.
+
+        `now`: stream time of the chunk's end in seconds; `captured`: the producer's clock then.
+        """
+        first = self._origin + first_frame * self._hop
+        decoded = decode(moments, first, self._origin, self._hop)
+        self._history.add(decoded.ongoing)
+        floor = min(self._start_threshold, self._end_threshold)
+        busy = np.flatnonzero((np.maximum(decoded.start, decoded.end) >= floor).any(axis=0)).tolist()
+        events: list[Event] = []
+        stamp = _Stamp(now, captured)
+        for label in sorted({*busy, *self._open, *self._starts, *self._ends}):
+            for frame in range(len(decoded.now)):
+                self._advance(label, frame, decoded, stamp, events)
+        return events
+
+    def finish(self, now: float, captured: float | None) -> list[Event]:
+        """An orderly end of the stream: what waits is committed, what is open ends with the stream."""
+        events: list[Event] = []
+        stamp = _Stamp(now, captured)
+        last = round(now * self._rate)
+        for label in sorted({*self._open, *self._starts, *self._ends}):
+            self._commit_start(label, stamp, events)
+            self._commit_end(label, stamp, events)
+            if label in self._open:
+                self._close(label, last, None, stamp, events)
+        return events
+
+    def abort(self, reason: str, now: float, captured: float | None) -> list[Event]:
+        """The stream was lost: open actions are aborted, what waits is dropped."""
+        events = []
+        for label, action in sorted(self._open.items()):
+            events.append(
+                self._event(
+                    "action.aborted",
+                    label,
+                    action.id,
+                    _Stamp(now, captured),
+                    start=action.start,
+                    reason=reason,
+                )
+            )
+        self._open.clear()
+        self._starts.clear()
+        self._ends.clear()
+        return events
+
+    def _advance(self, label: int, frame: int, moments: Moments, stamp: _Stamp, events: list[Event]) -> None:
+        now, ongoing = int(moments.now[frame]), float(moments.ongoing[frame, label])
+        action = self._open.get(label)
+        if action is not None and ongoing >= GOING_ON:
+            action.last_seen = now
+
+        # An end is believed as far as the class is not going on now and was going on in between.
+        at = int(moments.end_at[frame])
+        score = float(moments.end[frame, label]) * (1.0 - ongoing)
+        if score >= self._end_threshold:
+            begin = action.start if action is not None else int(moments.end_from[frame])
+            score *= self._history.mean(label, begin, at)
+            if score >= self._end_threshold and self._is_new(label, begin, at):
+                self._offer(self._ends, label, score, begin, at, now)
+        if self._is_due(self._ends.get(label), now):
+            self._commit_end(label, stamp, events)
+
+        # A start is believed as far as the class is going on.
+        at = int(moments.start_at[frame])
+        score = float(moments.start[frame, label]) * ongoing
+        action = self._open.get(label)
+        # A much surer start takes the place of an open action that was hardly believed.
+        is_free = action is None or (score >= 2.0 * action.score and at > action.start + self._hold)
+        if score >= self._start_threshold and at > self._border[label] and is_free:
+            self._offer(self._starts, label, score, at, at, now)
+        if self._is_due(self._starts.get(label), now):
+            self._commit_start(label, stamp, events)
+
+        action = self._open.get(label)
+        if action is not None and label not in self._ends:
+            quiet = now - max(action.last_seen, action.start)
+            if quiet > self._patience or now - action.start >= self._longest:
+                self._close(label, max(action.last_seen, action.start + 1), None, stamp, events)
+
+    def _is_due(self, waiting: _Candidate | None, now: int) -> bool:
+        """Is a candidate sure enough, or has it waited long enough for a better one?"""
+        if waiting is None:
+            return False
+        return waiting.score >= self._decoding.confident or now - waiting.seen >= self._hold
+
+    def _is_new(self, label: int, begin: int, end: int) -> bool:
+        """May a segment be emitted beside those that were?"""
+        long_enough = end - begin >= max(1, round(self._decoding.min_duration * self._rate))
+        return long_enough and not self._emitted[label].suppresses((begin, end), self._decoding.nms_tiou)
+
+    @staticmethod
+    def _offer(
+        waiting: dict[int, _Candidate], label: int, score: float, start: int, end: int, now: int
+    ) -> None:
+        known = waiting.get(label)
+        if known is None or score > known.score:
+            waiting[label] = _Candidate(score, start, end, now)
+
+    def _commit_start(self, label: int, stamp: _Stamp, events: list[Event]) -> None:
+        found = self._starts.pop(label, None)
+        if found is None or found.start <= self._border[label]:
+            return
+        action = self._open.get(label)
+        if action is not None:
+            self._close(label, min(max(action.last_seen, action.start), found.start), None, stamp, events)
+        self._announce(label, found.start, found.score, stamp, events)
+
+    def _announce(self, label: int, start: int, score: float, stamp: _Stamp, events: list[Event]) -> None:
+        name = self._manifest.classes[label]
+        identity = instance_id(self._stream, self._epoch, self._manifest.id, name, start)
+        self._open[label] = _Open(identity, start, score, last_seen=stamp.sample(self._rate))
+        self._starts.pop(label, None)
+        events.append(self._event("action.started", label, identity, stamp, start=start, score=score))
+
+    def _commit_end(self, label: int, stamp: _Stamp, events: list[Event]) -> None:
+        found = self._ends.pop(label, None)
+        if found is None:
+            return
+        action = self._open.get(label)
+        if action is None or action.start != found.start:
+            if action is not None or not self._is_new(label, found.start, found.end):
+                return
+            if self._emitted[label].began(found.start):
+                return
+            self._announce(label, found.start, found.score, stamp, events)
+        self._close(label, found.end, found.score, stamp, events)
+
+    def _close(self, label: int, end: int, score: float | None, stamp: _Stamp, events: list[Event]) -> None:
+        """End the open action of a class. Without an end candidate (`score` None) the score is what its start
+        and its course were worth, halved, since nothing said that it ended."""
+        action = self._open.pop(label)
+        self._ends.pop(label, None)
+        start, end = action.start, max(end, action.start)
+        if score is None:
+            score = 0.5 * action.score * self._history.mean(label, start, end)
+        if self._emitted[label].suppresses((start, end), self._decoding.nms_tiou):
+            # Started within what had ended already: only what lies beyond it is new.
+            start = end
+        self._border[label] = max(self._border[label], action.start, end - self._hold)
+        self._emitted[label].add((action.start, end))
+        events.append(self._event("action.ended", label, action.id, stamp, start=start, end=end, score=score))
+
+    def _event(
+        self,
+        kind: str,
+        label: int,
+        identity: str,
+        stamp: _Stamp,
+        start: int | None = None,
+        end: int | None = None,
+        score: float | None = None,
+        reason: str | None = None,
+    ) -> Event:
+        def seconds(sample: int | None) -> float | None:
+            return None if sample is None else round(sample / self._rate, TIME_DIGITS)
+
+        return Event(
+            type=kind,  # type: ignore[arg-type]
+            stream=self._stream,
+            epoch=self._epoch,
+            bundle=self._manifest.id,
+            time=round(stamp.now, TIME_DIGITS),
+            captured=None if stamp.captured is None else round(stamp.captured, TIME_DIGITS),
+            instance_id=identity,
+            label=self._manifest.classes[label],
+            start=seconds(start),
+            end=seconds(end),
+            score=None if score is None else round(score, SCORE_DIGITS),
+            reason=reason,
+        )
+
+
+@dataclass(frozen=True)
+class _Stamp:
+    """When events are emitted."""
+
+    now: float
+    captured: float | None
+
+    def sample(self, rate: float) -> int:
+        return round(self.now * rate)

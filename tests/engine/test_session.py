@@ -1,0 +1,207 @@
+"""Sessions on ONNX Runtime: the law with slots, batches and age; and what a session refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from engine import BundleError, EngineError, OnnxSession, Slot
+from tests.tiny import random_detector, write_bundle_of
+from trainer.detector import OUTPUTS, Detector, DetectorShape
+from trainer.pyramid import PyramidShape
+
+# float32 against the same model in float64. Sums of up to 4 x 16 products, through some twenty layers that each
+# renormalise: rounding errors of 6e-8 grow to a few 1e-5 on logits of magnitude 10, and some layers' softmax
+# amplifies them. 2e-4 leaves that room and is far below the 1e-4 steps in which probabilities are decided on.
+TOLERANCE = 2e-4
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> DetectorShape:
+    pyramid = PyramidShape(
+        16, 2, draw(st.integers(1, 12)), draw(st.integers(1, 5)), chunk=draw(st.sampled_from([1, 2, 4, 8])),
+        stem=1, embed=1, expansion=2, relative=draw(st.booleans()),
+    )  # fmt: skip
+    return DetectorShape(
+        draw(st.integers(1, 4)), 3, pyramid, hop=draw(st.sampled_from([0, 2, 6])), stem_width=8
+    )
+
+
+def whole(detector: Detector, samples: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    with torch.no_grad():
+        outputs = detector.double()(
+            torch.from_numpy(samples).double()[None], torch.from_numpy(mask).double()[None]
+        )
+    detector.float()
+    return {name: value[0].numpy() for name, value in outputs.items()}
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shape=shapes(), seed=st.integers(0, 2**31), data=st.data())
+def test_any_schedule_of_streams_and_slots_keeps_to_the_law(
+    tmp_path_factory: pytest.TempPathFactory, shape: DetectorShape, seed: int, data: st.DataObject
+) -> None:
+    """Streams begin and end at any time, step in any company and order, and take over each other's slots."""
+    detector = random_detector(shape, seed, spread=0.1)
+    session = OnnxSession(write_bundle_of(detector, tmp_path_factory.mktemp("law")), slots=3, threads=1)
+    chunk, hop = shape.pyramid.chunk, detector.hop
+    random = np.random.default_rng(seed)
+    streams = []
+    for _ in range(5):
+        chunks = int(random.integers(1, 20))
+        streams.append(
+            (
+                random.standard_normal((chunks * chunk * hop, shape.channels)).astype(np.float32),
+                random.random(chunks * chunk) > 0.1,
+            )
+        )
+    waiting, running, heard = list(range(5)), {}, {i: [] for i in range(5)}
+    while waiting or running:
+        while waiting and len(running) < 3:
+            running[waiting.pop()] = (session.open(), 0)
+        chosen = data.draw(st.permutations(sorted(running)))[: data.draw(st.integers(1, len(running)))]
+        outputs = session.step(
+            [running[i][0] for i in chosen],
+            np.stack([streams[i][0][running[i][1] * chunk * hop :][: chunk * hop] for i in chosen]),
+            np.stack([streams[i][1][running[i][1] * chunk :][:chunk] for i in chosen]),
+        )
+        for row, i in enumerate(chosen):
+            heard[i].append({name: value[row] for name, value in outputs.items()})
+            slot, step = running[i]
+            running[i] = (slot, step + 1)
+            if (step + 1) * chunk == len(streams[i][1]):
+                session.close(running.pop(i)[0])
+    for i, (samples, mask) in enumerate(streams):
+        expected = whole(detector, samples, mask)
+        for name in ("ongoing", "start", "end"):
+            found = np.concatenate([part[name] for part in heard[i]])
+            np.testing.assert_allclose(found, expected[name], rtol=0, atol=TOLERANCE)
+
+
+def test_an_old_stream_keeps_to_the_law(tmp_path: Path) -> None:
+    shape = DetectorShape(
+        3, 3, PyramidShape(16, 2, 7, 6, chunk=4, expansion=2, relative=True), hop=2, stem_width=8
+    )
+    detector = random_detector(shape, 1, spread=0.1)
+    session = OnnxSession(write_bundle_of(detector, tmp_path / "b"), slots=1, threads=1)
+    random = np.random.default_rng(2)
+    samples, mask = random.standard_normal((10_240 * 2, 3)).astype(np.float32), random.random(10_240) > 0.05
+    slot, parts = session.open(), []
+    for k in range(0, 10_240, 4):
+        parts.append(session.step([slot], samples[None, k * 2 : k * 2 + 8], mask[None, k : k + 4]))
+    expected = whole(detector, samples, mask)
+    for name in ("ongoing", "start", "end"):
+        found = np.concatenate([part[name][0] for part in parts])
+        np.testing.assert_allclose(found, expected[name], rtol=0, atol=TOLERANCE)
+
+
+def test_a_row_does_not_depend_on_its_companions(hapt_bundle: Path) -> None:
+    """Bit for bit: alone (with the session's idle companion), among few, among many, in any place."""
+    random = np.random.default_rng(0)
+    one = OnnxSession(hapt_bundle, slots=1, threads=1)
+    chunk = one.manifest.chunk_samples, one.manifest.frame.channels
+    x = random.standard_normal((12, *chunk)).astype(np.float32)
+    mask = np.ones((1, one.manifest.chunk), bool)
+    slot = one.open()
+    alone = [one.step([slot], x[k : k + 1], mask) for k in range(12)]
+    for rows in (2, 3, 5, 8, 13, 32):
+        many = OnnxSession(hapt_bundle, slots=rows, threads=2)
+        slots = [many.open() for _ in range(rows)]
+        for place in {0, rows // 2, rows - 1}:
+            for other in slots:
+                many.close(other)
+            slots = [many.open() for _ in range(rows)]
+            for k in range(12):
+                batch = random.standard_normal((rows, *chunk)).astype(np.float32)
+                batch[place] = x[k]
+                outputs = many.step(slots, batch, np.repeat(mask, rows, axis=0))
+                for name in OUTPUTS:
+                    np.testing.assert_array_equal(outputs[name][place], alone[k][name][0])
+
+
+def test_a_closed_slot_is_nobodys(tiny_bundle: Path) -> None:
+    session = OnnxSession(tiny_bundle, slots=1, threads=1)
+    slot = session.open()
+    with pytest.raises(EngineError, match="all 1 slots are taken"):
+        session.open()
+    session.close(slot)
+    again = session.open()
+    assert again.index == slot.index
+    samples, mask = np.zeros((1, 8, 3), np.float32), np.ones((1, 2), bool)
+    for stale in (slot, Slot(7, 1)):
+        with pytest.raises(EngineError, match="not open"):
+            session.step([stale], samples, mask)
+        with pytest.raises(EngineError, match="not open"):
+            session.close(stale)
+    session.step([again], samples, mask)
+
+
+def test_wrong_shapes_are_refused_and_change_nothing(tiny_bundle: Path) -> None:
+    session = OnnxSession(tiny_bundle, slots=2, threads=1)
+    slot, twin = session.open(), session.open()
+    samples, mask = np.ones((1, 8, 3), np.float32), np.ones((1, 2), bool)
+    for bad in (np.ones((1, 7, 3)), np.ones((2, 8, 3)), np.ones((1, 8, 4)), np.ones((8, 3))):
+        with pytest.raises(EngineError, match=r"expected \[1, 8, 3\]"):
+            session.step([slot], bad.astype(np.float32), mask)
+    with pytest.raises(EngineError, match="twice"):
+        session.step([slot, slot], np.ones((2, 8, 3), np.float32), np.ones((2, 2), bool))
+    first, second = session.step([slot], samples, mask), session.step([twin], samples, mask)
+    np.testing.assert_array_equal(first["ongoing"], second["ongoing"])
+
+
+def edit(bundle: Path, folder: Path, **changes: object) -> Path:
+    folder.mkdir()
+    values = json.loads((bundle / "bundle.json").read_text())
+    values.update(changes)
+    (folder / "bundle.json").write_text(json.dumps(values))
+    (folder / "model.onnx").write_bytes((bundle / "model.onnx").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"version": 99}, "bundle version 99, this Onset reads version 1"),
+        ({"version": None}, "bundle version None"),
+        ({"graph_sha256": "0" * 64}, "changed or damaged"),
+        ({"chunk": 3}, "power of two"),
+        ({"chunk": 4}, "inputs"),
+        ({"classes": ["a", "b"]}, "outputs"),
+        ({"clases": []}, "did you mean `classes`"),
+        ({"states": [{"name": "phase", "shape": [1, 1]}]}, "tensor `next_state`"),
+    ],
+)
+def test_a_bundle_that_does_not_fit_is_refused(
+    tiny_bundle: Path, tmp_path: Path, changes: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(BundleError, match=sentence):
+        OnnxSession(edit(tiny_bundle, tmp_path / "b", **changes))
+
+
+def test_a_tampered_or_missing_graph_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = edit(tiny_bundle, tmp_path / "b")
+    graph = bytearray((bundle / "model.onnx").read_bytes())
+    graph[len(graph) // 2] ^= 1
+    (bundle / "model.onnx").write_bytes(bytes(graph))
+    with pytest.raises(BundleError, match="changed or damaged"):
+        OnnxSession(bundle)
+    (bundle / "model.onnx").unlink()
+    with pytest.raises(BundleError, match="not readable"):
+        OnnxSession(bundle)
+    with pytest.raises(BundleError, match="not a bundle"):
+        OnnxSession(tmp_path / "nothing")
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(junk=st.binary(max_size=200))
+def test_junk_for_a_manifest_is_refused(tmp_path_factory: pytest.TempPathFactory, junk: bytes) -> None:
+    folder = tmp_path_factory.mktemp("junk")
+    (folder / "bundle.json").write_bytes(junk)
+    with pytest.raises(BundleError):
+        OnnxSession(folder)

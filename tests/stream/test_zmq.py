@@ -1,0 +1,186 @@
+"""The two ends of ZeroMQ, on real sockets: nothing is dropped, sizes are bounded, peers are apart."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import zmq
+
+from engine import ConfigError, OnsetError, WireError
+from stream.config import ZmqSettings
+from stream.counters import Counters
+from stream.wire import Limits, Message, decode
+from stream.zmq_endpoint import Endpoint, parse_endpoint
+from stream.zmq_producer import ZmqProducer
+from stream.zmq_source import ZmqSource
+
+LOOPBACK = "pull+bind:tcp://127.0.0.1:*"
+
+
+@pytest.fixture
+def source() -> Iterator[ZmqSource]:
+    with ZmqSource(
+        ZmqSettings(endpoint=LOOPBACK, max_message_bytes=4096, high_water_mark=8), Counters()
+    ) as opened:
+        yield opened
+
+
+@pytest.fixture
+def push(source: ZmqSource) -> Iterator[zmq.Socket[bytes]]:
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        socket.linger = 0
+        socket.connect(source.address)
+        yield socket
+
+
+def receive(source: ZmqSource, seconds: float = 10.0) -> bytes | None:
+    return source.receive() if source.wait(seconds) else None
+
+
+def count(source: ZmqSource, name: str) -> float:
+    return source._counters.snapshot()[name]
+
+
+def test_messages_arrive_whole_and_in_order(source: ZmqSource) -> None:
+    samples = np.arange(30, dtype=np.float32).reshape(10, 3)
+    with ZmqProducer(source.address) as producer:
+        for number in range(5):
+            producer.send(Message("a", number * 10, samples, 50.0))
+    for number in range(5):
+        data = receive(source)
+        assert data is not None
+        message = decode(data, Limits(50.0, 3))
+        assert message.seq == number * 10
+        np.testing.assert_array_equal(message.samples, samples)
+    assert source.receive() is None
+
+
+def test_a_slow_receiver_blocks_the_producer_and_loses_nothing(source: ZmqSource) -> None:
+    total, size = 40_000, 1000  # more than the queues of both sides and the kernel's buffers hold
+    sent = 0
+
+    def produce() -> None:
+        nonlocal sent
+        with ZmqProducer(source.address, high_water_mark=8) as producer:
+            for number in range(total):
+                producer.send_bytes(number.to_bytes(4, "big") + bytes(size))
+                sent = number + 1
+
+    thread = threading.Thread(target=produce)
+    thread.start()
+    # The producer has come to a stand when it got nowhere between two looks a while apart.
+    before = -1
+    while sent != before or sent == 0:
+        before = sent
+        time.sleep(0.3)
+    assert sent < total
+    for number in range(total):
+        data = receive(source)
+        assert data is not None
+        assert int.from_bytes(data[:4], "big") == number
+    thread.join(10)
+    assert not thread.is_alive()
+    assert sent == total
+
+
+def test_a_message_between_the_limits_is_read_to_be_counted(
+    source: ZmqSource, push: zmq.Socket[bytes]
+) -> None:
+    push.send(bytes(5000))
+    data = receive(source)
+    assert data is not None
+    with pytest.raises(WireError) as problem:
+        decode(data, Limits(50.0, 3, max_bytes=4096))
+    assert problem.value.reason == "too_large"
+    assert count(source, "peers_disconnected") == 0
+
+
+def test_a_message_above_twice_the_limit_costs_the_connection_and_the_next_arrives(
+    source: ZmqSource, push: zmq.Socket[bytes]
+) -> None:
+    other = push.context.socket(zmq.PUSH)
+    other.linger = 0
+    other.connect(source.address)
+    other.send(b"before")
+    assert receive(source) == b"before"
+    push.send(bytes(100_000_000))
+    push.send(b"after")
+    other.send(b"from another")
+    assert {receive(source), receive(source)} == {b"after", b"from another"}
+    assert count(source, "peers_disconnected") == 1
+    other.close()
+
+
+def test_a_message_of_several_parts_is_refused_as_one(source: ZmqSource, push: zmq.Socket[bytes]) -> None:
+    push.send_multipart([b"a"] * 5)
+    push.send(b"whole")
+    assert source.wait(10)
+    with pytest.raises(WireError) as problem:
+        source.receive()
+    assert problem.value.reason == "multipart"
+    assert receive(source) == b"whole"
+
+
+def test_lost_connections_are_counted(source: ZmqSource) -> None:
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        socket.connect(source.address)
+        socket.send(b"a")
+        assert receive(source) == b"a"
+    deadline = time.monotonic() + 10
+    while count(source, "peers_disconnected") == 0 and time.monotonic() < deadline:
+        source.wait(0.05)
+    assert count(source, "peers_disconnected") == 1
+
+
+def test_the_source_may_connect_and_the_producer_bind() -> None:
+    with ZmqSource(ZmqSettings(endpoint=LOOPBACK), Counters()) as probe:
+        address = probe.address  # a port that was free a moment ago
+    settings = ZmqSettings(endpoint=f"pull+connect:{address}")
+    with ZmqSource(settings, Counters()) as source, ZmqProducer(f"push+bind:{address}") as producer:
+        producer.send_bytes(b"hello")
+        assert receive(source) == b"hello"
+
+
+def test_a_taken_port_is_told(source: ZmqSource) -> None:
+    with pytest.raises(ConfigError, match="cannot be bound: Address already in use"):
+        ZmqSource(ZmqSettings(endpoint=source.address), Counters())
+
+
+def test_what_nobody_takes_is_told_at_the_end(source: ZmqSource) -> None:
+    producer = ZmqProducer(source.address, linger=0.3, high_water_mark=100_000)
+    for _ in range(20_000):
+        producer.send_bytes(bytes(1000))
+    with pytest.raises(OnsetError, match=r"did not take everything within 0\.3 s"):
+        producer.close()
+
+
+def test_nobody_there_is_told() -> None:
+    with ZmqSource(ZmqSettings(endpoint=LOOPBACK), Counters()) as probe:
+        address = probe.address
+    with pytest.raises(ConfigError, match="nobody answers"):
+        ZmqProducer(address, connect_timeout=0.3)
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("tcp://127.0.0.1:5555", Endpoint("tcp://127.0.0.1:5555", True)),
+        ("pull+bind:tcp://*:5555", Endpoint("tcp://*:5555", True)),
+        ("pull+connect:ipc:///run/a.sock", Endpoint("ipc:///run/a.sock", False)),
+    ],
+)
+def test_endpoints(uri: str, expected: Endpoint) -> None:
+    assert parse_endpoint(uri, "pull", bind=True) == expected
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["", "127.0.0.1:5555", "http://a", "push+bind:tcp://a:1", "pull+listen:tcp://a:1", "pull:tcp://a:1"],
+)
+def test_what_is_no_endpoint(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected pull\+bind:ADDRESS"):
+        parse_endpoint(uri, "pull", bind=True)

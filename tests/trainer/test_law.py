@@ -1,0 +1,128 @@
+"""The law in torch: however a stream is cut into chunks, the step says what the whole sequence says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tiny import random_detector
+from trainer.detector import OUTPUTS, Detector, DetectorShape
+from trainer.pyramid import PyramidShape
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> DetectorShape:
+    """Random configurations: levels, windows, chunks, fronts, position biases."""
+    heads = draw(st.sampled_from([1, 2, 4]))
+    pyramid = PyramidShape(
+        width=heads * draw(st.sampled_from([4, 6])),
+        heads=heads,
+        window=draw(st.integers(1, 20)),
+        levels=draw(st.integers(1, 6)),
+        stem=draw(st.integers(0, 2)),
+        embed=draw(st.integers(0, 2)),
+        expansion=2,
+        chunk=draw(st.sampled_from([1, 2, 4, 8, 16])),
+        relative=draw(st.booleans()),
+    )
+    return DetectorShape(
+        channels=draw(st.integers(1, 5)),
+        classes=draw(st.integers(1, 4)),
+        pyramid=pyramid,
+        hop=draw(st.sampled_from([0, 1, 4, 6, 10])),
+        stem_width=8,
+    )
+
+
+def stream_of(detector: Detector, frames: int, batch: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    samples = torch.randn(
+        batch, frames * detector.hop, detector.shape.channels, generator=generator, dtype=torch.float64
+    )
+    mask = (torch.rand(batch, frames, generator=generator) > 0.1).double()
+    return samples, mask
+
+
+def step_through(detector: Detector, samples: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    chunk, hop = detector.shape.pyramid.chunk, detector.hop
+    state = detector.zero_state(samples.shape[0])
+    sizes = {name: value.shape for name, value in state.items()}
+    parts = []
+    for first in range(0, mask.shape[1], chunk):
+        outputs, state = detector.step(
+            samples[:, first * hop : (first + chunk) * hop], mask[:, first : first + chunk], state
+        )
+        assert {name: value.shape for name, value in state.items()} == sizes, "the state's size is constant"
+        parts.append(outputs)
+    return {name: torch.cat([part[name] for part in parts], dim=1) for name in OUTPUTS}
+
+
+@torch.no_grad()
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes(), seed=st.integers(0, 2**31), chunks=st.integers(1, 40), batch=st.integers(1, 3))
+def test_steps_equal_the_whole_sequence(shape: DetectorShape, seed: int, chunks: int, batch: int) -> None:
+    detector = random_detector(shape, seed).double()
+    samples, mask = stream_of(detector, chunks * shape.pyramid.chunk, batch, seed)
+    whole, steps = detector(samples, mask), step_through(detector, samples, mask)
+    for name in OUTPUTS:
+        torch.testing.assert_close(steps[name], whole[name], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_a_stream_of_more_than_ten_thousand_frames_keeps_to_the_law() -> None:
+    shape = DetectorShape(3, 2, PyramidShape(8, 2, 7, 6, chunk=4, relative=True, expansion=2), hop=2)
+    detector = random_detector(shape).double()
+    samples, mask = stream_of(detector, 10_240, 1, 1)
+    whole, steps = detector(samples, mask), step_through(detector, samples, mask)
+    for name in OUTPUTS:
+        torch.testing.assert_close(steps[name], whole[name], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+@settings(max_examples=30, deadline=None)
+@given(shape=shapes(), seed=st.integers(0, 2**31), data=st.data())
+def test_no_output_depends_on_what_comes_after_its_chunk(
+    shape: DetectorShape, seed: int, data: st.DataObject
+) -> None:
+    detector = random_detector(shape, seed).double()
+    chunk = shape.pyramid.chunk
+    samples, mask = stream_of(detector, 12 * chunk, 1, seed)
+    cut = data.draw(st.integers(1, 11)) * chunk
+    changed = samples.clone()
+    changed[:, cut * detector.hop :] += 3.0
+    before, after = detector(samples, mask), detector(changed, mask)
+    for name in OUTPUTS:
+        torch.testing.assert_close(after[name][:, :cut], before[name][:, :cut], rtol=1e-9, atol=1e-9)
+    assert (
+        any(not torch.equal(after[n][:, cut:], before[n][:, cut:]) for n in OUTPUTS)
+        or not mask[:, cut:].any()
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hop", [0, 4])
+def test_what_missing_frames_hold_is_not_seen(hop: int) -> None:
+    shape = DetectorShape(3, 2, PyramidShape(8, 2, 5, 4, chunk=2, expansion=2), hop=hop)
+    detector = random_detector(shape).double()
+    samples, mask = stream_of(detector, 64, 1, 3)
+    junk = samples + 100.0 * (1 - mask.repeat_interleave(detector.hop, dim=1))[..., None]
+    whole, other = detector(samples, mask), detector(junk, mask)
+    for name in OUTPUTS:
+        torch.testing.assert_close(other[name], whole[name], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_the_receptive_field_is_all_that_a_state_remembers() -> None:
+    from trainer.export import receptive_field
+
+    shape = DetectorShape(2, 2, PyramidShape(8, 2, 3, 3, chunk=2, expansion=2), hop=2)
+    detector = random_detector(shape).double()
+    reach = receptive_field(detector)
+    samples, mask = stream_of(detector, 2 * reach, 1, 5)
+    other = samples.clone()
+    other[:, : reach * detector.hop] = 7.0
+    a, b = detector(samples, mask), detector(other, mask)
+    for name in OUTPUTS:
+        torch.testing.assert_close(a[name][:, -1], b[name][:, -1], rtol=1e-9, atol=1e-9)

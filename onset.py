@@ -1,6 +1,7 @@
 """The command line: one command, `onset`, with the verbs that each package brings.
 
-The only place that knows all three packages. Verbs that train or export import torch when they run, the others
+The only place that knows all three packages. Verbs that train or export import torch when they run, the
+others
 never do.
 """
 
@@ -103,7 +104,7 @@ def evaluate(
     from trainer.data import choose
     from trainer.export import export as write
     from trainer.predictions import read_predictions
-    from trainer.scoring import parse_tious, render
+    from trainer.scoring import Scores, parse_tious, render
     from trainer.scoring import score as score_predictions
 
     config = load_run(run)[0]
@@ -114,7 +115,7 @@ def evaluate(
         raise ConfigError(f"{config.data.recordings}: {len(chosen) - len(paths)} recordings are missing")
     truth = Annotations(annotations.classes, tuple(chosen))
     names = {recording.subset for recording in chosen}
-    results = {}
+    results: dict[str, Scores] = {}
     with tempfile.TemporaryDirectory() as folder:
         write(run, Path(folder) / "bundle")
         for title, threshold in (("everything committed", min_score), ("default thresholds", None)):

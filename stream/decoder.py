@@ -1,6 +1,7 @@
 """From the moments of one step to candidates: who started, who ended, how sure, and when.
 
-Pure arithmetic on one stream's outputs; knows nothing of what was emitted before. Probabilities are rounded to
+Pure arithmetic on one stream's outputs; knows nothing of what was emitted before. Probabilities are
+rounded to
 1e-4 and times to whole samples here, before anything is decided on them.
 """
 

@@ -39,7 +39,12 @@ class Event:
 
     def to_json(self) -> str:
         """One line of JSON, without the fields that this type does not have."""
-        fields = {"version": VERSION, "type": self.type, "stream": self.stream, "epoch": self.epoch}
+        fields: dict[str, str | int | float] = {
+            "version": VERSION,
+            "type": self.type,
+            "stream": self.stream,
+            "epoch": self.epoch,
+        }
         rest = {
             "instance_id": self.instance_id,
             "label": self.label,

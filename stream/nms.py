@@ -19,17 +19,29 @@ class Emitted:
     def __init__(self, horizon: int) -> None:
         self._horizon = horizon
         self._segments: deque[tuple[int, int]] = deque()
+        self._starts: deque[int] = deque()
 
     def suppresses(self, segment: tuple[int, int], tiou: float) -> bool:
         """Does `segment` overlap an emitted one by more than `tiou`?"""
         return any(overlap(segment, other) > tiou for other in self._segments)
 
-    def add(self, segment: tuple[int, int]) -> None:
-        """Remember an emitted segment and forget what no new one can reach."""
-        self._segments.append(segment)
-        while self._segments and self._segments[0][1] < segment[1] - self._horizon:
-            self._segments.popleft()
+    def beyond(self, segment: tuple[int, int], tiou: float) -> tuple[int, int]:
+        """What of `segment` lies after all that it overlaps by more than `tiou`; empty if nothing does."""
+        start, end = segment
+        covered = [other[1] for other in self._segments if overlap(segment, other) > tiou]
+        while covered and start < end:
+            start = min(max(start, *covered), end)
+            covered = [other[1] for other in self._segments if overlap((start, end), other) > tiou]
+        return start, end
 
-    def began(self, start: int) -> bool:
-        """Did an emitted segment begin at this very sample?"""
-        return any(begin == start for begin, _ in self._segments)
+    def add(self, announced: int, segment: tuple[int, int], now: int) -> None:
+        """Remember a segment and the start under which it was announced; forget what no new one can reach."""
+        self._segments.append(segment)
+        self._starts.append(announced)
+        while self._segments and max(self._segments[0][1], self._starts[0]) < now - self._horizon:
+            self._segments.popleft()
+            self._starts.popleft()
+
+    def announced(self, start: int) -> bool:
+        """Was an action announced to start at this very sample?"""
+        return start in self._starts

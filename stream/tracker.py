@@ -10,7 +10,8 @@ For each class there is at most one open action and one pending candidate for a 
 4. A segment that overlaps what was emitted is not emitted (`stream.nms`).
 
 Invariants (tests/stream/test_tracker.py): every instance is started once, then ended or aborted once;
-`start <= end <= time`; times of emission never decrease; ended segments of one class do not overlap by more than
+`start <= end <= time`; times of emission never decrease; ended segments of one class do not overlap by
+more than
 `nms_tiou`; the state is bounded.
 """
 
@@ -70,7 +71,7 @@ class Tracker:
         self._open: dict[int, _Open] = {}
         self._starts: dict[int, _Candidate] = {}
         self._ends: dict[int, _Candidate] = {}
-        self._emitted = [Emitted(self._longest) for _ in classes]
+        self._emitted = [Emitted(2 * self._longest + 4 * self._hold + self._hop) for _ in classes]
         self._border = [first_sample - 1 for _ in classes]  # a start up to here is no news
         self._history = History(
             self._longest // self._hop + 1, len(manifest.classes), first_sample, self._hop
@@ -142,6 +143,7 @@ class Tracker:
         score = float(moments.end[frame, label]) * (1.0 - ongoing)
         if score >= self._end_threshold:
             begin = action.start if action is not None else int(moments.end_from[frame])
+            begin = max(begin, now - self._longest) if action is None else begin
             score *= self._history.mean(label, begin, at)
             if score >= self._end_threshold and self._is_new(label, begin, at):
                 self._offer(self._ends, label, score, begin, at, now)
@@ -188,6 +190,8 @@ class Tracker:
         found = self._starts.pop(label, None)
         if found is None or found.start <= self._border[label]:
             return
+        if self._emitted[label].announced(found.start):
+            return
         action = self._open.get(label)
         if action is not None:
             self._close(label, min(max(action.last_seen, action.start), found.start), None, stamp, events)
@@ -208,7 +212,7 @@ class Tracker:
         if action is None or action.start != found.start:
             if action is not None or not self._is_new(label, found.start, found.end):
                 return
-            if self._emitted[label].began(found.start):
+            if self._emitted[label].announced(found.start):
                 return
             self._announce(label, found.start, found.score, stamp, events)
         self._close(label, found.end, found.score, stamp, events)
@@ -218,14 +222,14 @@ class Tracker:
         and its course were worth, halved, since nothing said that it ended."""
         action = self._open.pop(label)
         self._ends.pop(label, None)
-        start, end = action.start, max(end, action.start)
+        # Where it overlaps what had ended already, only what lies beyond is new.
+        start, end = self._emitted[label].beyond(
+            (action.start, max(end, action.start)), self._decoding.nms_tiou
+        )
         if score is None:
             score = 0.5 * action.score * self._history.mean(label, start, end)
-        if self._emitted[label].suppresses((start, end), self._decoding.nms_tiou):
-            # Started within what had ended already: only what lies beyond it is new.
-            start = end
         self._border[label] = max(self._border[label], action.start, end - self._hold)
-        self._emitted[label].add((action.start, end))
+        self._emitted[label].add(action.start, (start, end), stamp.sample(self._rate))
         events.append(self._event("action.ended", label, action.id, stamp, start=start, end=end, score=score))
 
     def _event(

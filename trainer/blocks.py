@@ -2,7 +2,8 @@
 
 `full` is ActionFormer's (Zhang, Wu, Li: ActionFormer, ECCV 2022, section 3; layer by layer as its official
 configuration describes it): convolutions see both sides, attention sees a window around the query. `causal`
-has the same weights: convolutions see the left side only, and a query sees at most `window` tokens back and no
+has the same weights: convolutions see the left side only, and a query sees at most `window` tokens back
+and no
 token that had not arrived when its chunk was complete.
 
 Tokens are [B, T, D], masks [B, T, 1] (1 where there is a token). Convolutions are written as sums of shifted
@@ -183,7 +184,8 @@ class LocalAttention(nn.Module):
         query = torch.arange(block, device=like.device)[:, None]
         key = torch.arange(span, device=like.device)[None, :] - self.window
         distance = (query - key + self.ahead).clamp(0, self.window + self.ahead)
-        return self.bias[:, distance] + hidden
+        biased: Tensor = self.bias[:, distance] + hidden
+        return biased
 
 
 class DropPath(nn.Module):
@@ -246,5 +248,5 @@ class Block(nn.Module):
             views = taps(x, 3, self.stride, f"{self.name}.skip", reach, exists_in)
             skip = torch.maximum(torch.maximum(views[0], views[1]), views[2]) * mask
         x = skip + self.path1(y)
-        x = x + self.path2(self.mlp(self.norm2(x)) * mask)
-        return x
+        y = self.path2(self.mlp(self.norm2(x)) * mask)
+        return x + y

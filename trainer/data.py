@@ -86,7 +86,7 @@ def load_corpus(data: DataConfig, subset: str) -> Corpus:
     problems: list[str] = []
     for recording in chosen:
         path = find_recording(data.recordings, recording.name)
-        if path is None:
+        if not path.is_file():
             problems.append(f"{recording.name}: no file in {data.recordings}")
             continue
         try:
@@ -109,7 +109,8 @@ def load_corpus(data: DataConfig, subset: str) -> Corpus:
     if problems:
         shown = "\n  ".join(problems[:20])
         raise DataError(
-            f"{len(problems)} problems with the recordings of `{subset}` (`onset data check` tells more):\n  {shown}"
+            f"{len(problems)} problems with the recordings of `{subset}` (`onset data check` tells more):\n
+             {shown}"
         )
     return Corpus(tuple(tracks), annotations.classes, rate)
 
@@ -164,7 +165,7 @@ class Sampler:
             taken, found, classes = self._piece(size, generator)
             # Where pieces meet, the cut is where the action ends and the next one starts; at the crop's own
             # borders a segment keeps sticking out, as what the stream did before it was joined.
-            found = found.clip(0 if number else None, size if number < pieces - 1 else None)
+            found = found.clip(0 if number else -np.inf, size if number < pieces - 1 else np.inf)
             samples[position : position + len(taken)] = taken
             mask[(position + len(taken)) // self.hop : (position + size) // self.hop] = 0.0
             segments.append(found + position)

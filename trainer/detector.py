@@ -8,7 +8,8 @@ For every frame t the heads answer, from what has arrived when t's chunk is comp
   end_offsets   how many frames ago did it start, and end? (both look back)
 
 All heads read level 0, into which every coarser level is summed: the newest token of each level that has
-arrived when the chunk is complete. So an event waits for its chunk and never for the stride of a level, and the
+arrived when the chunk is complete. So an event waits for its chunk and never for the stride of a level,
+and the
 start of a long action is seen by the level that spans it.
 """
 

@@ -44,7 +44,7 @@ class FlatStep(nn.Module):
 
     def forward(self, samples: Tensor, mask: Tensor, state: Tensor) -> tuple[Tensor, ...]:
         """-> each of OUTPUTS [B, chunk, ...], then the next state [B, S]."""
-        pieces = state.split([math.prod(shape) for shape in self.parts.values()], dim=1)
+        pieces = torch.split(state, [math.prod(shape) for shape in self.parts.values()], dim=1)
         old = {
             name: piece.reshape(-1, *shape)
             for (name, shape), piece in zip(self.parts.items(), pieces, strict=True)

@@ -1,6 +1,7 @@
 """Fronts: from what arrives to the frames of the pyramid, [B, N, width]. Causal in both contexts.
 
-`SignalFront` takes raw samples: normalisation with the training set's statistics, the first differences beside
+`SignalFront` takes raw samples: normalisation with the training set's statistics, the first differences
+beside
 the samples (so that level and change are both seen), and strided convolutions down to the frame rate.
 `FeatureFront` takes feature vectors as they are.
 """
@@ -62,7 +63,7 @@ class SignalFront(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(channels))
         self.register_buffer("step_scale", torch.ones(channels))
-        stages = strides(hop) or [1]
+        self.strides = stages = strides(hop) or [1]
         widths = [
             2 * channels,
             *[max(stem_width, width >> (len(stages) - 1 - i)) for i in range(len(stages))],
@@ -90,15 +91,15 @@ class SignalFront(nn.Module):
         step = (x - before[..., :-1]) * present * before[..., -1:]
         x = torch.cat([x * self.scale, step * self.step_scale], dim=-1)
         length = x.shape[1]
-        for stage in self.stages:
-            length //= stage.stride
+        for stage, stride in zip(self.stages, self.strides, strict=True):
+            length //= stride
             ratio = length // mask.shape[1]
             x = stage(x, mask.repeat_interleave(ratio, dim=1) if ratio > 1 else mask, past)
         return x
 
 
 class FeatureFront(nn.Module):
-    """Feature vectors [B, N, C] -> frames [B, N, width]: a projection, after the training set's statistics."""
+    """Feature vectors [B, N, C] -> frames [B, N, width]: normalisation and a projection."""
 
     mean: Tensor
     scale: Tensor

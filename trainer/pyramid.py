@@ -1,7 +1,9 @@
 """The local-attention pyramid: frames in, one sequence of tokens for each level out, in both contexts.
 
-Level l has one token for every 2^l frames, anchored at frame 0 of the stream. In causal context a token exists
-once its last frame has arrived; in a step whose chunk is shorter than the stride, the phase (how many chunks of
+Level l has one token for every 2^l frames, anchored at frame 0 of the stream. In causal context a token
+exists
+once its last frame has arrived; in a step whose chunk is shorter than the stride, the phase (how many
+chunks of
 the stride have passed) says for each stream whether a token of the level has just come to exist.
 """
 

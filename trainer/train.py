@@ -189,7 +189,7 @@ class _Trainer:
         parts = losses(self.parallel(samples, mask), mask, targets, config, self.sampler.reach)
         total = torch.stack(list(parts.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
         if not torch.isfinite(norm):
             raise ConfigError(

@@ -16,7 +16,8 @@ from tests.tiny import random_detector, write_bundle_of
 from trainer.detector import OUTPUTS, Detector, DetectorShape
 from trainer.pyramid import PyramidShape
 
-# float32 against the same model in float64. Sums of up to 4 x 16 products, through some twenty layers that each
+# float32 against the same model in float64. Sums of up to 4 x 16 products, through some twenty layers that
+# each
 # renormalise: rounding errors of 6e-8 grow to a few 1e-5 on logits of magnitude 10, and some layers' softmax
 # amplifies them. 2e-4 leaves that room and is far below the 1e-4 steps in which probabilities are decided on.
 TOLERANCE = 2e-4

@@ -34,7 +34,10 @@ def detect(
         str, typer.Option("--output", "-o", help="File for the events, one JSON object a line; - is stdout.")
     ],
     arrival: Annotated[
-        int, typer.Option(min=0, help="Samples that come at once; 0: all. Changes no event.")
+        int,
+        typer.Option(
+            min=0, help="Samples that come at once; 0: all (with --realtime a chunk). Changes no event."
+        ),
     ] = 0,
     realtime: Annotated[
         float | None,

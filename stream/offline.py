@@ -33,9 +33,10 @@ def detect_recordings(
 ) -> Counters:
     """Write the events of `recordings` as JSON lines to `output` (None: standard output).
 
-    `arrival`: samples that come at once (0: all); `realtime`: pace, 1 is that of the recording (None: as fast
-    as possible); `min_score`: in place of the bundle's emission thresholds; `progress` is told fractions of
-    recordings, 1.0 for each in all. The file is complete or absent.
+    `arrival`: samples that come at once (0: all, or those of one step where there is a pace); `realtime`:
+    pace, 1 is that of the recording (None: as fast as possible); `min_score`: in place of the bundle's
+    emission thresholds; `progress` is told fractions of recordings, 1.0 for each in all. The file is complete
+    or absent.
 
     Raises BundleError, ConfigError, DataError.
     """
@@ -43,6 +44,8 @@ def detect_recordings(
     at_once = max(1, min(AT_ONCE, len(recordings)))
     session: Session = OnnxSession(bundle, slots=at_once, threads=threads)
     manifest = session.manifest
+    if realtime is not None:
+        arrival = arrival or manifest.chunk_samples  # all at once would be nothing until the very end
     lengths: dict[str, int] = {}
 
     def sources() -> Iterator[tuple[str, Iterator[Message]]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from engine.errors import ConfigError
+from engine.errors import ConfigError, OnsetError
 from stream.config import Sink
 from stream.events import Event
 
@@ -26,15 +26,22 @@ class EventWriter(Protocol):
 
 
 class LineWriter:
-    """JSON lines into an open binary stream, which stays the caller's."""
+    """JSON lines into an open binary stream, which stays the caller's; `name` is for complaints."""
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        self._stream, self._name = stream, name
 
     def write(self, events: Sequence[Event]) -> None:
-        """See `EventWriter.write`."""
-        self._stream.write("".join(event.to_json() + "\n" for event in events).encode("utf-8"))
-        self._stream.flush()
+        """See `EventWriter.write`. Raises OnsetError when the machine refuses (a full disk)."""
+        try:
+            self._stream.write("".join(event.to_json() + "\n" for event in events).encode("utf-8"))
+            self._stream.flush()
+        except BrokenPipeError:
+            raise  # the reader of a pipe has had enough: the command line ends quietly
+        except OSError as problem:
+            raise OnsetError(
+                f"{self._name}: an event cannot be written: {problem.strerror}; events end here"
+            ) from None
 
     def close(self) -> None:
         """See `EventWriter.close`."""
@@ -43,7 +50,7 @@ class LineWriter:
 
 def standard_output() -> LineWriter:
     """Events on standard output, where nothing else is ever printed."""
-    return LineWriter(sys.stdout.buffer)
+    return LineWriter(sys.stdout.buffer, "standard output")
 
 
 class AppendingFile(LineWriter):
@@ -51,7 +58,7 @@ class AppendingFile(LineWriter):
 
     def __init__(self, path: Path) -> None:
         self._file = _opened(path, "a+b")
-        super().__init__(self._file)
+        super().__init__(self._file, str(path))
         # A process that was killed may have left half a line; the next event must not become a part of it.
         if self._file.seek(0, os.SEEK_END):
             self._file.seek(-1, os.SEEK_END)
@@ -74,7 +81,7 @@ class WholeFile(LineWriter):
         self._direct = path.exists() and not path.is_file()
         self._partial = path if self._direct else path.with_name(path.name + ".partial")
         self._file = _opened(self._partial, "wb")
-        super().__init__(self._file)
+        super().__init__(self._file, str(path))
 
     def close(self) -> None:
         """Close, and take the name. Raises ConfigError when that is not possible."""

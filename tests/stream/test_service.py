@@ -22,7 +22,7 @@ import pytest
 import yaml
 import zmq
 
-from engine import ConfigError, OnnxSession
+from engine import ConfigError, OnnxSession, OnsetError
 from stream.config import ServiceConfig, Sink, Source, ZmqSettings, load_service_config
 from stream.events import Event
 from stream.runtime import Runtime
@@ -480,6 +480,15 @@ def test_a_file_with_half_a_line_gets_a_new_one(tmp_path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ['{"version":1}', '{"half']
     assert [json.loads(line)["stream"] for line in lines[2:]] == ["a", "ü"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_sentence() -> None:
+    sink = WholeFile(Path("/dev/full"))
+    with pytest.raises(OnsetError, match=r"/dev/full: an event cannot be written: No space left"):
+        sink.write([event("a")])
+    with pytest.raises(OSError, match="No space left"):
+        sink.close()  # the event is still in the buffer
 
 
 def test_a_whole_file_appears_when_it_is_whole(tmp_path: Path) -> None:

@@ -110,9 +110,7 @@ def evaluate(
     config = load_run(run)[0]
     annotations = read_annotations(config.data.annotations)
     chosen = choose(annotations, config.data, subset)
-    paths = [path for r in chosen if (path := find_recording(config.data.recordings, r.name)) is not None]
-    if len(paths) < len(chosen):
-        raise ConfigError(f"{config.data.recordings}: {len(chosen) - len(paths)} recordings are missing")
+    paths = [find_recording(config.data.recordings, recording.name) for recording in chosen]
     truth = Annotations(annotations.classes, tuple(chosen))
     names = {recording.subset for recording in chosen}
     results: dict[str, Scores] = {}

@@ -66,9 +66,8 @@ def main() -> int:
         try:
             address = wait_until_ready(service)
             console.print(
-                f"The service listens on [cyan]{address}[/]; {len(recordings)} phone recordings of people
-                that "
-                f"it has never seen are sent at {options.speed:g}x real time.\n"
+                f"The service listens on [cyan]{address}[/]; {len(recordings)} recordings of people that it "
+                f"has never seen are sent at {options.speed:g}x real time.\n"
             )
             watch(console, recordings, address, events, options.speed)
         finally:
@@ -146,8 +145,8 @@ def show(console: Console, event: dict[str, Any]) -> None:
     if kind == "action.started":
         text = f"{head}  [bold]▶[/] {name} started at {event['start']:6.1f} s"
     elif kind == "action.ended":
-        text = f"{head}  [bold]■[/] {name} {event['start']:6.1f} – {event['end']:6.1f} s  [dim]score
-        {event['score']:.2f}[/]"
+        span = f"{event['start']:6.1f} – {event['end']:6.1f} s"
+        text = f"{head}  [bold]■[/] {name} {span}  [dim]score {event['score']:.2f}[/]"
     else:
         text = f"{head}  [bold]×[/] {name} aborted"
     console.print(text, highlight=False)

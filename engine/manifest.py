@@ -1,5 +1,4 @@
-"""The bundle: a folder with `bundle.json` (this schema), `model.onnx` (the step) and nothing else that
-matters.
+"""The bundle: a folder with `bundle.json` (this schema) and `model.onnx` (the step); nothing else matters.
 
 Reading a bundle checks everything that can be checked without running it: the version, the schema, the
 graph's sha256. Nothing is ever unpickled. What the graph itself declares is compared with the manifest when
@@ -93,8 +92,7 @@ class Manifest(Strict):
     receptive_field: Positive = Field(description="frames; a fresh state fed these equals the old one")
     inputs: tuple[Tensor, ...]
     states: tuple[Tensor, ...] = Field(
-        description="what a stream's state is made of; the graph takes them flattened and joined in this
-        order "
+        description="what a stream's state is made of; the graph takes them flattened and joined so "
         "as `state` [B, S] and gives `next_state`"
     )
     outputs: tuple[Tensor, ...]

@@ -85,11 +85,8 @@ def load_corpus(data: DataConfig, subset: str) -> Corpus:
     tracks: list[Track] = []
     problems: list[str] = []
     for recording in chosen:
-        path = find_recording(data.recordings, recording.name)
-        if not path.is_file():
-            problems.append(f"{recording.name}: no file in {data.recordings}")
-            continue
         try:
+            path = find_recording(data.recordings, recording.name)
             samples = read_recording(path)
         except DataError as problem:
             problems.append(str(problem))
@@ -109,8 +106,8 @@ def load_corpus(data: DataConfig, subset: str) -> Corpus:
     if problems:
         shown = "\n  ".join(problems[:20])
         raise DataError(
-            f"{len(problems)} problems with the recordings of `{subset}` (`onset data check` tells more):\n
-             {shown}"
+            f"{len(problems)} problems with the recordings of `{subset}` (`onset data check` tells more):\n"
+            f"  {shown}"
         )
     return Corpus(tuple(tracks), annotations.classes, rate)
 
@@ -118,7 +115,7 @@ def load_corpus(data: DataConfig, subset: str) -> Corpus:
 def statistics(corpus: Corpus) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Mean and standard deviation of the samples, and standard deviation of first differences, each [C]."""
     total = sum(len(track.samples) for track in corpus.tracks)
-    mean = sum(track.samples.sum(axis=0, dtype=np.float64) for track in corpus.tracks) / total
+    mean = np.sum([track.samples.sum(axis=0, dtype=np.float64) for track in corpus.tracks], axis=0) / total
     square = sum(((track.samples - mean) ** 2).sum(axis=0) for track in corpus.tracks) / total
     steps = sum(
         (np.diff(track.samples, axis=0).astype(np.float64) ** 2).sum(axis=0) for track in corpus.tracks
@@ -213,7 +210,7 @@ def augment(
         gain = np.exp(generator.normal(0, config.scale, samples.shape[1])).astype(np.float32)
         samples = (samples - mean) * gain + mean
     if config.shift:
-        samples = samples + generator.normal(0, config.shift, samples.shape[1]).astype(np.float32) * std
+        samples = samples + np.asarray(generator.normal(0, config.shift, samples.shape[1]), np.float32) * std
     if config.noise:
         spread = config.noise * generator.random()
         samples = samples + spread * std * generator.standard_normal(samples.shape, dtype=np.float32)

@@ -93,7 +93,7 @@ class Head(nn.Module):
 
 
 class Detector(nn.Module):
-    """`forward` reads whole sequences; `step` one chunk, given the state. The same weights and code do both."""
+    """`forward` reads whole sequences, `step` one chunk after a state: the same weights and code."""
 
     def __init__(self, shape: DetectorShape) -> None:
         super().__init__()

@@ -144,7 +144,7 @@ def manifest_of(
 
 
 def export(run: Path, output: Path, scores: dict[str, float] | None = None) -> Manifest:
-    """Export the averaged weights of a run as a bundle. Raises BundleError when `output` is something else."""
+    """Export a run's averaged weights. Raises BundleError when `output` holds something else."""
     if output.exists() and (
         not output.is_dir() or (any(output.iterdir()) and not (output / "bundle.json").exists())
     ):

@@ -36,7 +36,7 @@ def strides(hop: int) -> list[int]:
 
 
 class StridedConv(nn.Module):
-    """A convolution of kernel 2 * stride: each output covers its own `stride` samples and those before them."""
+    """A convolution of kernel 2 * stride: an output covers its own samples and as many before them."""
 
     def __init__(self, name: str, width_in: int, width_out: int, stride: int) -> None:
         super().__init__()

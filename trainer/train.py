@@ -155,8 +155,8 @@ class _Trainer:
             size = sum(p.numel() for p in self.model.parameters())
             log.info(
                 "%s: %d recordings, %.1f h, %d classes; %d parameters; %d steps of %d crops of %d frames",
-                self.config.name, len(self.corpus.tracks), self.corpus.seconds / 3600, len(self.corpus.classes),
-                size, config.steps, config.batch, self.sampler.frames,
+                self.config.name, len(self.corpus.tracks), self.corpus.seconds / 3600,
+                len(self.corpus.classes), size, config.steps, config.batch, self.sampler.frames,
             )  # fmt: skip
         columns = (
             TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),

@@ -79,8 +79,9 @@ def manifest(tiny_bundle: Path) -> Manifest:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    seed=st.integers(0, 2**31), spread=st.sampled_from([0.5, 1.5, 4.0]), calm=st.sampled_from([0.0, 0.8, 0.98]),
-    decoding=decodings, abort=st.booleans(), origin=st.sampled_from([0, 12345]),
+    seed=st.integers(0, 2**31), spread=st.sampled_from([0.5, 1.5, 4.0]),
+    calm=st.sampled_from([0.0, 0.8, 0.98]), decoding=decodings,
+    abort=st.booleans(), origin=st.sampled_from([0, 12345]),
 )  # fmt: skip
 def test_events_keep_their_promises(
     manifest: Manifest, seed: int, spread: float, calm: float, decoding: Decoding, abort: bool, origin: int
@@ -140,7 +141,8 @@ def test_a_clear_action_is_reported_once_and_soon(manifest: Manifest) -> None:
     started, ended = events_of(manifest, outputs, Decoding(), False)
     assert (started.type, started.label, started.start, started.time) == ("action.started", "b", 2.4, 2.56)
     assert (ended.type, ended.start, ended.end, ended.time) == ("action.ended", 2.4, 6.4, 6.56)
-    assert ended.score is not None and ended.score > 0.9
+    assert ended.score is not None
+    assert ended.score > 0.9
     assert events_of(manifest, outputs, Decoding(), False) == [started, ended], "ids are the same in a replay"
 
 

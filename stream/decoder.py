@@ -32,23 +32,28 @@ class Moments:
 def decode(outputs: Mapping[str, NDArray[np.float32]], first_sample: int, origin: int, hop: int) -> Moments:
     """Outputs [N, ...] of the chunk that begins at `first_sample`; `origin`: the first sample of the epoch.
 
-    Offsets look back from the end of their frame; no time is earlier than `origin` or later than its frame.
+    Offsets look back from the end of their frame, in frames: softplus of `start_offset` to a start, softplus
+    of the first of `end_offsets` to an end, exp of the second from there to its start. No time is before
+    `origin` or after its frame.
     """
     frames = outputs["ongoing"].shape[0]
     now = first_sample + hop * np.arange(1, frames + 1, dtype=np.int64)
 
-    def back(offset: NDArray[np.float32]) -> NDArray[np.int64]:
-        samples = np.rint(offset.astype(np.float64) * hop).clip(0, float(2**40)).astype(np.int64)
+    def back(offset: NDArray[np.float64]) -> NDArray[np.int64]:
+        samples = np.rint(offset * hop).clip(0, float(2**40)).astype(np.int64)
         return np.asarray((now - samples).clip(origin, now))
 
-    end_at = back(outputs["end_offsets"][:, 1])
+    start = np.logaddexp(0.0, outputs["start_offset"][:, 0].astype(np.float64))
+    end, length = outputs["end_offsets"].astype(np.float64).T
+    end = np.logaddexp(0.0, end)
+    end_at = back(end)
     return Moments(
         now=now,
         ongoing=probability(outputs["ongoing"]),
         start=probability(outputs["start"]),
-        start_at=back(outputs["start_offset"][:, 0]),
+        start_at=back(start),
         end=probability(outputs["end"]),
-        end_from=np.minimum(back(outputs["end_offsets"][:, 0]), end_at),
+        end_from=np.minimum(back(end + np.exp(length.clip(-4.0, 10.0))), end_at),
         end_at=end_at,
     )
 

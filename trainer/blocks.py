@@ -173,8 +173,8 @@ class LocalAttention(nn.Module):
         y = (score.softmax(dim=-1) @ value).transpose(2, 3).reshape(batch, blocks * block, width)
         if spill:
             y = y[:, :length]
-        y = self.proj(y)
-        return y * mask
+        result: Tensor = self.proj(y) * mask
+        return result
 
     def _bias(self, block: int, span: int, allowed: Tensor, like: Tensor) -> Tensor:
         """[H or 1, block, span]: the learned bias of each distance, HIDDEN where not allowed."""
@@ -248,5 +248,5 @@ class Block(nn.Module):
             views = taps(x, 3, self.stride, f"{self.name}.skip", reach, exists_in)
             skip = torch.maximum(torch.maximum(views[0], views[1]), views[2]) * mask
         x = skip + self.path1(y)
-        y = self.path2(self.mlp(self.norm2(x)) * mask)
-        return x + y
+        result: Tensor = x + self.path2(self.mlp(self.norm2(x)) * mask)
+        return result

@@ -128,7 +128,7 @@ class Detector(nn.Module):
     def forward(self, samples: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """`samples` [B, N * hop, C], `mask` [B, N] (1: the frame is there) -> each output [B, N, ...].
 
-        Logits for the classes; offsets in frames, back from the frame's end (a frame t ends at t + 1).
+        Logits for the classes; what `look_back` turns into offsets, back from the frame's end, t + 1.
         N is padded to a whole period with missing frames here.
         """
         frames = mask.shape[1]
@@ -171,17 +171,25 @@ class Detector(nn.Module):
         ongoing = self.ongoing(x, present, reaches[0])
         start = self.start(x, present, reaches[0])
         end = self.end(x, present, reaches[0])
-        # Offsets: the end lies a few frames back; the start lies before the end, at any distance, so that its
-        # logarithm is what the head says. The clamp only keeps exp() finite.
-        back = F.softplus(end[..., classes : classes + 1])
-        length = torch.exp(end[..., classes + 1 :].clamp(-4.0, 10.0))
         return {
             "ongoing": ongoing,
             "start": start[..., :classes],
-            "start_offset": F.softplus(start[..., classes:]),
+            "start_offset": start[..., classes:],
             "end": end[..., :classes],
-            "end_offsets": torch.cat([back + length, back], dim=-1),
+            "end_offsets": end[..., classes:],
         }
+
+
+def look_back(outputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Frames since a start [B, N], and since the start and the end of what ended [B, N, 2], all >= 0.
+
+    The end lies a few frames back; the start lies before it at any distance, so its logarithm is what the
+    head says (the clamp only keeps exp() finite). `stream.decoder` computes the same: in the graph, these
+    functions would round a stream's offsets by its place in the batch.
+    """
+    back = F.softplus(outputs["end_offsets"][..., :1])
+    length = torch.exp(outputs["end_offsets"][..., 1:].clamp(-4.0, 10.0))
+    return F.softplus(outputs["start_offset"][..., 0]), torch.cat([back + length, back], dim=-1)
 
 
 class _Blank(Memory):

@@ -28,6 +28,7 @@ from engine.errors import ConfigError
 from trainer.build import CHECKPOINT, CONFIG, build_detector, describe, hop_of, load_checkpoint
 from trainer.config import Config, TrainConfig
 from trainer.data import Corpus, Crop, Sampler, load_corpus, statistics
+from trainer.detector import look_back
 from trainer.losses import diou, focal
 
 log = logging.getLogger(__name__)
@@ -101,11 +102,12 @@ def losses(
         elements = focal(outputs[name], targets[name]) * mask[..., None]
         return elements.sum() / targets[name].sum().clamp_min(1.0)
 
+    start_offset, end_offsets = look_back(outputs)
     known = (targets["start_mask"] * mask) > 0
-    late = (outputs["start_offset"][..., 0][known] - targets["start_offset"][known]) / reach
+    late = (start_offset[known] - targets["start_offset"][known]) / reach
     paired = (targets["end_mask"] * mask) > 0
-    pair = diou(outputs["end_offsets"][paired], targets["end_offsets"][paired])
-    near = (outputs["end_offsets"][..., 1][paired] - targets["end_offsets"][..., 1][paired]) / reach
+    pair = diou(end_offsets[paired], targets["end_offsets"][paired])
+    near = (end_offsets[..., 1][paired] - targets["end_offsets"][..., 1][paired]) / reach
     return {
         "ongoing": config.ongoing_weight * classify("ongoing"),
         "start": config.start_weight * classify("start"),

@@ -29,14 +29,12 @@ def outputs_of(seed: int, frames: int, spread: float, calm: float) -> dict[str, 
             values[t] = calm * values[t - 1] + steps[t]
         return values.astype(np.float32)
 
-    back = np.abs(random.normal(0, 4, (frames, 1)))
-    length = np.exp(random.normal(1.5, 1.5, (frames, 1)))
     return {
         "ongoing": walk(3),
         "start": walk(3),
-        "start_offset": np.abs(random.normal(0, 4, (frames, 1))).astype(np.float32),
+        "start_offset": random.normal(2, 4, (frames, 1)).astype(np.float32),
         "end": walk(3),
-        "end_offsets": np.concatenate([back + length, back], axis=1).astype(np.float32),
+        "end_offsets": random.normal([2.0, 1.5], [4.0, 1.5], (frames, 2)).astype(np.float32),
     }
 
 
@@ -136,8 +134,10 @@ def test_a_clear_action_is_reported_once_and_soon(manifest: Manifest) -> None:
         "end_offsets": np.ones((frames, 2), np.float32),
     }
     outputs["ongoing"][30:80, 1] = outputs["start"][31:41, 1] = outputs["end"][81:91, 1] = 6
-    outputs["start_offset"][31:41, 0] = np.arange(31, 41) + 1 - 30
-    outputs["end_offsets"][81:91] = np.arange(81, 91)[:, None] + 1 - np.array([[30, 80]])
+    # softplus(log(expm1(x))) is x: the frames since the start, and since the end.
+    outputs["start_offset"][31:41, 0] = np.log(np.expm1(np.arange(31, 41) + 1 - 30))
+    outputs["end_offsets"][81:91, 0] = np.log(np.expm1(np.arange(81, 91) + 1 - 80))
+    outputs["end_offsets"][81:91, 1] = np.log(80 - 30)
     started, ended = events_of(manifest, outputs, Decoding(), False)
     assert (started.type, started.label, started.start, started.time) == ("action.started", "b", 2.4, 2.56)
     assert (ended.type, ended.start, ended.end, ended.time) == ("action.ended", 2.4, 6.4, 6.56)

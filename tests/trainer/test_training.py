@@ -140,9 +140,9 @@ def test_a_wrong_key_names_the_right_one(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "\nmodle: {}\n")
     with pytest.raises(ConfigError, match=r"`modle` is not a key here \(did you mean `model`\?\)"):
         read_config(path)
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(path.read_text().replace("modle: {}", "").replace("chunk: 2", "chunk: 3"))
     with pytest.raises(ConfigError, match="power of two"):
-        bad = tmp_path / "bad.yaml"
-        bad.write_text(path.read_text().replace("modle: {}", "").replace("chunk: 2", "chunk: 3"))
         read_config(bad)
 
 

@@ -1,0 +1,88 @@
+"""Every command of the README, as a reader would type it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```", README, flags=re.S | re.M)
+
+
+def shell(script: str, folder: Path, wait_for: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a block with bash, job control on; `onset` is this checkout's."""
+    prelude = 'set -em\nonset() { "$PYTHON" -m onset "$@"; }\n'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "COLUMNS": "200"}
+    for name in ("deploy", "configs"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    return subprocess.run(
+        ["bash", "-c", prelude + script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_recordings_in_events_out(tmp_path: Path) -> None:
+    script = next(block for block in blocks("sh") if "onset detect" in block)
+    done = shell(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "timeline.png").exists()
+    assert "average" in done.stdout
+
+
+def test_the_live_service(tmp_path: Path) -> None:
+    script = next(block for block in blocks("sh") if "onset run" in block)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "service.yaml").write_text((ROOT / "configs" / "service.yaml").read_text())
+    done = shell(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "live.jsonl").read_text().splitlines()
+    assert sum('"action.ended"' in line for line in lines) > 10
+    assert lines == (tmp_path / "events.jsonl").read_text().splitlines()
+
+
+def test_ones_own_data_in_five_commands(tmp_path: Path) -> None:
+    """The README's own files and commands; only the recordings are made here, and fewer steps are taken."""
+    (script,), (config,), (labels,) = blocks("sh-own"), blocks("yaml"), blocks("csv")
+    data = tmp_path / "mydata"
+    data.mkdir()
+    (data / "labels.csv").write_text(labels)
+    random = np.random.default_rng(0)
+    for name in ("monday", "tuesday"):
+        table = random.normal(size=(600, 3))
+        lines = [
+            "time,x,y,z",
+            *(f"{i / 50:.2f},{a:.4f},{b:.4f},{c:.4f}" for i, (a, b, c) in enumerate(table)),
+        ]
+        (data / f"{name}.csv").write_text("\n".join(lines) + "\n")
+    assert "steps: 2000" in config
+    (tmp_path / "my.yaml").write_text(config.replace("steps: 2000", "steps: 3\n  batch: 2"))
+    done = shell(script, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "my-events.jsonl").exists()
+
+
+def test_the_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_make_has_the_targets_of_the_readme() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make (\w+)", README)):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target

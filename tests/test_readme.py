@@ -18,15 +18,19 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)^```", README, flags=re.S | re.M)
 
 
-def shell(script: str, folder: Path, wait_for: str = "") -> subprocess.CompletedProcess[str]:
+def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a block with bash, job control on; `onset` is this checkout's."""
-    prelude = 'set -em\nonset() { "$PYTHON" -m onset "$@"; }\n'
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "COLUMNS": "200"}
+    command = folder / "bin" / "onset"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m onset "$@"\n')
+    command.chmod(0o755)
+    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "COLUMNS": "200"}
     for name in ("deploy", "configs"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
     return subprocess.run(
-        ["bash", "-c", prelude + script],
+        ["bash", "-c", "set -em\n" + script],
         cwd=folder,
         env=environment,
         capture_output=True,

@@ -1,6 +1,6 @@
 """`make bench`: how small and fast the shipped bundle is, on this machine, in one run.
 
-Every figure is a ratio to a floor or a peer timed beside it, in turn, so that a machine that drifts hits both:
+Every figure is a ratio to a floor or a peer timed beside it, in turn: a machine that drifts hits both.
 
 - the floor of a step: reading its weights once, here as a copy of as many bytes;
 - the peer of carrying a state: the same model over a whole window again for each new chunk, which is what

@@ -47,6 +47,7 @@ class Bench:
     settings: RuntimeSettings = field(
         default_factory=lambda: RuntimeSettings(max_streams=4, reorder=0.2, max_gap=0.4)
     )
+    decoding: dict[str, float] = field(default_factory=lambda: LOW)
 
     def __post_init__(self) -> None:
         self.events: list[Event] = []
@@ -56,7 +57,7 @@ class Bench:
             session,
             self.events.extend,
             self.settings,
-            decoding=session.manifest.decoding.model_copy(update=LOW),
+            decoding=session.manifest.decoding.model_copy(update=self.decoding),
             clock=self.clock,
         )
 
@@ -100,6 +101,7 @@ class Bench:
             else:
                 assert event.instance_id is not None
                 assert open_actions.pop(event.instance_id) == event.stream
+                assert event.end is None or event.end <= event.time
         assert not live
         assert not open_actions
 
@@ -170,6 +172,17 @@ def test_a_long_gap_ends_the_epoch_and_begins_another(tiny_bundle: Path) -> None
     fresh.send("a", 401, samples[401:], end=True)
     fresh.runtime.stop()
     assert bench.of("a")[-len(fresh.events) :] == fresh.of("a")
+
+
+def test_no_event_lies_in_the_padding_behind_the_last_sample(tiny_bundle: Path) -> None:
+    everything = dict.fromkeys(["start_threshold", "end_threshold", "confident", "hold", "gate"], 0.0)
+    for n in (404, 405, 407, 408, 409):  # frames of 4, chunks of 8
+        bench = Bench(tiny_bundle, decoding=everything)
+        bench.send("a", 0, wave(0, n), end=True)
+        bench.runtime.drain()
+        bench.check()
+        assert len(bench.events) > n  # every frame says something
+        assert bench.events[-1].time == n // 4 * 4 / RATE
 
 
 def test_a_gap_that_is_filled_is_masked_and_counted(tiny_bundle: Path) -> None:
@@ -262,6 +275,7 @@ def test_a_stream_that_stops_in_the_middle_is_lost_and_frees_its_slot(
     assert bench.runtime.streams == ["c"]
     assert bench.reasons("a") == ["idle"]
     aborted = [event for event in bench.events if event.type == "action.aborted"]
+    assert aborted
     assert all(event.reason == "idle" and event.stream == "a" for event in aborted)
     assert bench.count("streams_evicted") == 1
     assert bench.count("open_streams") == 1

@@ -244,9 +244,12 @@ class Block(nn.Module):
             y = y * mask_in  # a missing token is zero to its successors; ActionFormer leaves the norm's bias
         y = self.attention(y, mask, reach, exists_in)
         skip = x
-        if self.stride > 1:
+        if self.stride > 1 and reach.memory is None:
+            # Its own padding is below every number; the zeros that `taps` pads with are not.
+            skip = F.max_pool1d(x.transpose(1, 2), 3, self.stride, padding=1).transpose(1, 2)
+        elif self.stride > 1:
             views = taps(x, 3, self.stride, f"{self.name}.skip", reach, exists_in)
-            skip = torch.maximum(torch.maximum(views[0], views[1]), views[2]) * mask
-        x = skip + self.path1(y)
+            skip = torch.maximum(torch.maximum(views[0], views[1]), views[2])
+        x = skip * mask + self.path1(y)
         result: Tensor = x + self.path2(self.mlp(self.norm2(x)) * mask)
         return result

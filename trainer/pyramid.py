@@ -33,6 +33,7 @@ class PyramidShape:
     relative: bool = False
     dropout: float = 0.0
     drop_path: float = 0.0
+    inputs: int = 0  # width of what comes in; 0: as wide as the pyramid
 
 
 class Pyramid(nn.Module):
@@ -42,7 +43,13 @@ class Pyramid(nn.Module):
         super().__init__()
         self.shape = shape
         self.embed = nn.ModuleList(
-            Conv(f"embed.{i}", shape.width, shape.width, bias=False) for i in range(shape.embed)
+            Conv(
+                f"embed.{i}",
+                (shape.inputs or shape.width) if i == 0 else shape.width,
+                shape.width,
+                bias=False,
+            )
+            for i in range(shape.embed)
         )
         self.embed_norm = nn.ModuleList(nn.LayerNorm(shape.width) for _ in range(shape.embed))
         self.stem = nn.ModuleList(self._block(f"stem.{i}", level=0, stride=1) for i in range(shape.stem))
@@ -81,7 +88,9 @@ class Pyramid(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, reaches: list[Reach]) -> list[tuple[Tensor, Tensor]]:
         """Frames [B, N, D] and their mask [B, N, 1] -> for each level its tokens [B, T_l, D] and mask."""
         for conv, norm in zip(self.embed, self.embed_norm, strict=True):
-            x = torch.relu(norm(conv(x, mask, reaches[0]))) * mask
+            x = torch.relu(norm(conv(x, mask, reaches[0])))
+            if reaches[0].memory is not None:
+                x = x * mask  # as in `Block`: ActionFormer lets the norm's bias stand where nothing is
         for block in self.stem:
             x = block(x, mask, mask, reaches[0], None)
         levels = [(x, mask)]

@@ -40,7 +40,9 @@ def _needs_torch(verb: str) -> None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        raise ConfigError(f"`onset {verb}` needs torch: install it with `pip install onset[train]`") from None
+        raise ConfigError(
+            f"`onset {verb}` needs torch: run `make setup`, or `pip install '.[train]'`"
+        ) from None
 
 
 @app.command()

@@ -45,6 +45,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("demo"))
     parser.add_argument("--speed", type=float, default=25.0, help="times real time")
     options = parser.parse_args()
+    if not 0 < options.speed < float("inf"):
+        parser.error(f"--speed is {options.speed:g}, expected times real time, above 0")
     output: Path = options.output
     output.mkdir(parents=True, exist_ok=True)
     events = output.resolve() / "events.jsonl"
@@ -69,7 +71,7 @@ def main() -> int:
                 f"The service listens on [cyan]{address}[/]; {len(recordings)} recordings of people that it "
                 f"has never seen are sent at {options.speed:g}x real time.\n"
             )
-            watch(console, recordings, address, events, options.speed)
+            watch(console, service, recordings, address, events, options.speed)
         finally:
             service.send_signal(signal.SIGTERM)
             status = service.wait(timeout=30)
@@ -92,7 +94,14 @@ def wait_until_ready(service: subprocess.Popen[str]) -> str:
     raise SystemExit("the service did not start:\n" + "".join(lines))
 
 
-def watch(console: Console, recordings: list[Path], address: str, events: Path, speed: float) -> None:
+def watch(
+    console: Console,
+    service: subprocess.Popen[str],
+    recordings: list[Path],
+    address: str,
+    events: Path,
+    speed: float,
+) -> None:
     """Send the recordings from a thread and show events as the service writes them."""
     loaded = {path.stem: load(path) for path in recordings}
     total = sum(len(samples) for samples in loaded.values())
@@ -113,11 +122,13 @@ def watch(console: Console, recordings: list[Path], address: str, events: Path, 
     )  # fmt: skip
     producer_thread = threading.Thread(target=produce, daemon=True)
     producer_thread.start()
-    deadline = time.monotonic() + total / RATE / len(loaded) / speed + 60
+    deadline = time.monotonic() + max(map(len, loaded.values())) / RATE / speed + 60
     ended, position = 0, 0
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total)
         while ended < len(loaded):
+            if service.poll() is not None:
+                raise SystemExit(f"the service stopped with status {service.returncode}")
             if time.monotonic() > deadline:
                 raise SystemExit("the service did not answer in time")
             while not sent.empty():

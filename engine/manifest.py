@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +23,8 @@ MANIFEST = "bundle.json"
 GRAPH = "model.onnx"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 MAX_GRAPH_BYTES = 4 * 1024**3
+# What one stream may cost: its state and one step. A THUMOS14-sized pyramid takes a few MiB.
+MAX_STREAM_BYTES = 256 * 1024**2
 
 Positive = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -30,7 +33,7 @@ Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 class Frame(Strict):
     """What one time step of the model is. Frame rate = sample_rate / hop."""
 
-    sample_rate: float = Field(gt=0, description="samples (or feature vectors) a second, Hz")
+    sample_rate: float = Field(ge=1e-3, le=1e6, description="samples (or feature vectors) a second, Hz")
     hop: Positive = Field(description="samples a frame; 1 for feature streams")
     channels: Positive = Field(description="numbers in one sample")
     names: tuple[str, ...] | None = None
@@ -61,10 +64,14 @@ class Decoding(Strict):
         "taken back, so a guess that were announced would stand in the way of the truth that follows it",
     )
     confident: Probability = Field(0.3, description="a candidate of this score is committed at once")
-    hold: float = Field(0.8, ge=0, description="seconds that a lesser candidate waits for a better one")
+    hold: float = Field(
+        0.8, ge=0, le=600, description="seconds that a lesser candidate waits for a better one"
+    )
     nms_tiou: Probability = Field(0.1, description="largest overlap of two ended segments of one class")
-    min_duration: float = Field(0.0, ge=0, description="seconds; shorter segments are dropped")
-    max_duration: float = Field(120.0, gt=0, description="seconds; an action open longer than this is ended")
+    min_duration: float = Field(0.0, ge=0, le=86400, description="seconds; shorter segments are dropped")
+    max_duration: float = Field(
+        120.0, gt=0, le=86400, description="seconds; an action open longer than this is ended"
+    )
 
 
 class Training(Strict):
@@ -103,6 +110,13 @@ class Manifest(Strict):
     def _consistent(self) -> Manifest:
         if self.chunk & (self.chunk - 1):
             raise ValueError(f"`chunk` is {self.chunk}, expected a power of two")
+        if not all(name.isprintable() and 0 < len(name) <= 256 for name in self.classes):
+            raise ValueError("`classes` has a name that is empty, too long or not printable")
+        tensors = (*self.inputs, *self.states, *self.outputs)
+        if any(tensor.dtype != "float32" for tensor in tensors):
+            raise ValueError("a tensor is not float32, which is what sessions feed and read")
+        if 4 * sum(math.prod(tensor.shape) for tensor in tensors) > MAX_STREAM_BYTES:
+            raise ValueError(f"one stream would take more than {MAX_STREAM_BYTES} bytes")
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("`classes` names a class twice")
         expected = {

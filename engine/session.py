@@ -82,7 +82,7 @@ class OnnxSession:
         except ImportError:
             raise BundleError(
                 "onnxruntime is not installed, and nothing else here can run a bundle; "
-                "install it with `pip install onset[cpu]`"
+                "install it with `pip install '.[cpu]'`"
             ) from None
         if slots < 1:
             raise EngineError(f"a session needs at least one slot, {slots} were asked for")
@@ -98,6 +98,7 @@ class OnnxSession:
         except Exception as problem:
             raise BundleError(f"{bundle}: ONNX Runtime refuses the graph: {problem}") from None
         _compare(bundle, self._manifest, self._run)
+        _try(bundle, self._manifest, self._run)
         self._outputs = [tensor.name for tensor in self._manifest.outputs]
         size = sum(math.prod(tensor.shape) for tensor in self._manifest.states)
         self._states: FloatArray = np.zeros((slots, size), np.float32)
@@ -192,3 +193,23 @@ def _compare(bundle: Path, manifest: Manifest, run: Any) -> None:
                 f"{bundle}: tensor `{name}` is {found.get(name, 'missing')} in the graph and "
                 f"{expected.get(name, 'missing')} in the manifest; export the bundle again"
             )
+
+
+def _try(bundle: Path, manifest: Manifest, run: Any) -> None:
+    """Raise BundleError unless the graph steps, at two batch sizes, from a zero state to finite numbers."""
+    names = [tensor.name for tensor in manifest.outputs]
+    size = sum(math.prod(tensor.shape) for tensor in manifest.states)
+    for rows in (2, 3):
+        feed = {tensor.name: np.zeros((rows, *tensor.shape), np.float32) for tensor in manifest.inputs}
+        feed["state"] = np.zeros((rows, size), np.float32)
+        try:
+            results = run.run([*names, "next_state"], feed)
+        except Exception as problem:
+            raise BundleError(f"{bundle}: the graph fails with {rows} streams: {problem}") from None
+        shapes = [(rows, *tensor.shape) for tensor in manifest.outputs]
+        if [result.shape for result in results] != [*shapes, (rows, size)]:
+            raise BundleError(
+                f"{bundle}: the graph answers in other shapes than it declares; export it again"
+            )
+        if not all(np.isfinite(result).all() for result in results):
+            raise BundleError(f"{bundle}: the graph answers NaN or Inf to silence; its training has diverged")

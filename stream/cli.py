@@ -73,7 +73,7 @@ def detect(
         bar.update(task, completed=len(recordings))
     values = counters.snapshot()
     Console(stderr=True).print(
-        f"{len(recordings)} recordings, {values['frames']:g} frames, "
+        f"{len(recordings)} recording{'s' * (len(recordings) > 1)}, {values['frames']:g} frames, "
         f"{values.get('events{action.ended}', 0):g} actions" + ("" if output == "-" else f" -> {output}"),
         highlight=False,
     )
@@ -161,7 +161,9 @@ def send(
             producer.send(message, cast(DtypeName, dtype), scale)
             bar.advance(task, len(message.samples))
         bar.update(task, description="waiting for delivery")
-    Console(stderr=True).print(f"{len(recordings)} recordings sent to {to}", highlight=False)
+    Console(stderr=True).print(
+        f"{len(recordings)} recording{'s' * (len(recordings) > 1)} sent to {to}", highlight=False
+    )
 
 
 def _progress() -> Progress:

@@ -66,7 +66,7 @@ class Tracker:
         self._start_threshold = max(self._decoding.start_threshold, self._decoding.gate)
         self._end_threshold = max(self._decoding.end_threshold, self._decoding.gate)
         self._hold = round(self._decoding.hold * self._rate)
-        self._longest = round(self._decoding.max_duration * self._rate)
+        self._longest = max(self._hop, round(self._decoding.max_duration * self._rate))
         classes = range(len(manifest.classes))
         self._open: dict[int, _Open] = {}
         self._starts: dict[int, _Candidate] = {}
@@ -165,7 +165,7 @@ class Tracker:
         if action is not None and label not in self._ends:
             quiet = now - max(action.last_seen, action.start)
             if quiet > self._patience or now - action.start >= self._longest:
-                self._close(label, max(action.last_seen, action.start + 1), None, stamp, events)
+                self._close(label, min(max(action.last_seen, action.start + 1), now), None, stamp, events)
 
     def _is_due(self, waiting: _Candidate | None, now: int) -> bool:
         """Is a candidate sure enough, or has it waited long enough for a better one?"""

@@ -65,7 +65,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ) from None
     except Exception as problem:
         raise DataError(f"{path}: not readable as a checkpoint: {problem}") from None
-    if not isinstance(content, dict) or "ema" not in content:
+    if not isinstance(content, dict) or not {"step", "data", "model", "ema"} <= content.keys():
         raise DataError(f"{path}: not a checkpoint of `onset train`")
     return content
 
@@ -76,5 +76,14 @@ def load_run(run: Path) -> tuple[Config, Detector, dict[str, Any]]:
     content = load_checkpoint(run / CHECKPOINT)
     facts = content["data"]
     detector = build_detector(config, facts["channels"], len(facts["classes"]), facts["sample_rate"])
-    detector.load_state_dict(content["ema"])
+    try:
+        detector.load_state_dict(content["ema"])
+    except RuntimeError:
+        raise ConfigError(
+            f"{run}: its weights do not fit the `model` of its {CONFIG}; put back the one that trained it"
+        ) from None
+    if not all(bool(torch.isfinite(value).all()) for value in content["ema"].values()):
+        raise DataError(
+            f"{run}: its weights are not finite; train again with a smaller `train.learning_rate`"
+        )
     return config, detector.eval(), content

@@ -152,7 +152,7 @@ class Sampler:
         length = self.frames * self.hop
         pieces = 1
         if generator.random() < self.augment.splice:
-            pieces = int(generator.integers(2, 5))
+            pieces = min(int(generator.integers(2, 5)), self.frames)
         cuts = np.sort(generator.choice(np.arange(1, self.frames), pieces - 1, replace=False)) * self.hop
         sizes = np.diff([0, *cuts.tolist(), length])
         samples = np.zeros((length, self.corpus.channels), np.float32)

@@ -232,7 +232,12 @@ class _Trainer:
             raise ConfigError(
                 f"{self.run}: was trained on other data ({content['data']}); use another --output"
             )
-        self.model.load_state_dict(content["model"])
+        try:
+            self.model.load_state_dict(content["model"])
+        except RuntimeError:
+            raise ConfigError(
+                f"{self.run}: the checkpoint is of another `model`; give its configuration, or another --output"
+            ) from None
         self.average = {name: value.to(self.device) for name, value in content["ema"].items()}
         self.optimizer.load_state_dict(content["optimizer"])
         self.step = content["step"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -181,6 +184,10 @@ def edit(bundle: Path, folder: Path, **changes: object) -> Path:
         ({"chunk": 4}, "inputs"),
         ({"classes": ["a", "b"]}, "outputs"),
         ({"clases": []}, "did you mean `classes`"),
+        ({"classes": ["a", "b", "\ud800"]}, "not printable"),
+        ({"states": [{"name": "s", "shape": [10**13]}]}, "would take more than"),
+        ({"decoding": {"max_duration": 1e15}}, "max_duration"),
+        ({"frame": {"sample_rate": 1e12, "hop": 4, "channels": 3}}, "sample_rate"),
         ({"states": [{"name": "phase", "shape": [1, 1]}]}, "tensor `next_state`"),
     ],
 )
@@ -212,3 +219,30 @@ def test_junk_for_a_manifest_is_refused(tmp_path_factory: pytest.TempPathFactory
     (folder / "bundle.json").write_bytes(junk)
     with pytest.raises(BundleError):
         OnnxSession(folder)
+
+
+def rewrite(bundle: Path, folder: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
+    """The bundle with another graph, and a manifest that vouches for it."""
+    model = onnx.load(str(bundle / "model.onnx"))
+    change(model)
+    graph = model.SerializeToString()
+    edit(bundle, folder, graph_sha256=hashlib.sha256(graph).hexdigest())
+    (folder / "model.onnx").write_bytes(graph)
+    return folder
+
+
+def test_a_graph_that_diverged_or_takes_one_stream_only_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    def poison(model: onnx.ModelProto) -> None:
+        for weight in model.graph.initializer:
+            values = onnx.numpy_helper.to_array(weight)
+            if values.dtype == np.float32 and values.ndim == 2:
+                weight.CopyFrom(onnx.numpy_helper.from_array(np.full_like(values, np.nan), weight.name))
+
+    def fix_batch(model: onnx.ModelProto) -> None:
+        for tensor in (*model.graph.input, *model.graph.output):
+            tensor.type.tensor_type.shape.dim[0].dim_value = 1
+
+    with pytest.raises(BundleError, match="NaN or Inf"):
+        OnnxSession(rewrite(tiny_bundle, tmp_path / "nan", poison))
+    with pytest.raises(BundleError, match="fails with 2 streams"):
+        OnnxSession(rewrite(tiny_bundle, tmp_path / "one", fix_batch))

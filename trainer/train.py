@@ -236,7 +236,7 @@ class _Trainer:
             self.model.load_state_dict(content["model"])
         except RuntimeError:
             raise ConfigError(
-                f"{self.run}: the checkpoint is of another `model`; give its configuration, or another --output"
+                f"{self.run}: the checkpoint is of another `model`; give that, or a new --output"
             ) from None
         self.average = {name: value.to(self.device) for name, value in content["ema"].items()}
         self.optimizer.load_state_dict(content["optimizer"])

@@ -28,7 +28,9 @@ def build_detector(config: Config, channels: int, classes: int, sample_rate: flo
     """A detector with fresh weights."""
     model = config.model
     if model.context != "causal":
-        raise ConfigError("`model.context: full` is for whole recordings; build it with `build_offline`")
+        raise ConfigError(
+            "`model.context: full` cannot be trained yet; a live stream needs `context: causal`"
+        )
     pyramid = PyramidShape(
         width=model.width,
         heads=model.heads,

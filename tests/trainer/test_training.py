@@ -146,6 +146,12 @@ def test_a_wrong_key_names_the_right_one(tmp_path: Path) -> None:
         read_config(bad)
 
 
+def test_full_context_is_refused_with_the_way_out(config: Config, tmp_path: Path) -> None:
+    full = config.model_copy(update={"model": config.model.model_copy(update={"context": "full"})})
+    with pytest.raises(ConfigError, match="context: causal"):
+        train(full, tmp_path / "run")
+
+
 def test_a_checkpoint_that_holds_code_is_not_run(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:

@@ -6,8 +6,8 @@ Two forms are read. JSON as ActivityNet introduced it and ActionFormer extended 
         "subset": "train", "duration": 411.96, "fps": 50.0, "num_frames": 20598, "subject": "u01",
         "annotations": [{"segment": [4.98, 24.64], "label": "STANDING", "label_id": 4}]}}}
 
-where only `database`, `segment` and `label` are needed (a label's name decides; `label_id` only orders the
-classes where `classes` is absent), and CSV for labels made by hand (`recording`, `start`, `end`, `label`,
+where only `database`, `segment` and `label` are needed (a label's name decides; `label_id` orders and numbers
+the classes where `classes` is absent), and CSV for labels made by hand (`recording`, `start`, `end`, `label`,
 optionally `subset`; a row without start, end and label names a recording in which nothing happens).
 All times are seconds from the recording's first sample.
 """
@@ -17,8 +17,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,16 @@ class Recording:
 
 @dataclass(frozen=True, slots=True)
 class Annotations:
-    """The classes in the order of their ids, and the recordings in the order of the file."""
+    """The classes in the order of their ids, and the recordings in the order of the file.
+
+    `ids` has the number of each label: its position in the file's `classes`, else its `label_id` (these may
+    leave gaps), else its position in `classes` here. Empty where annotations were not read from a file.
+    """
 
     classes: tuple[str, ...]
     recordings: tuple[Recording, ...]
     channels: tuple[str, ...] = ()
+    ids: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def subsets(self) -> tuple[str, ...]:
@@ -282,18 +287,22 @@ def _assemble(
         problems.append("no recording; expected at least one")
     labels = {segment.label for recording in recordings for segment in recording.segments}
     if classes is None:
-        classes = _classes_from_labels(labels, ids, problems)
+        numbers = _ids_from_labels(labels, ids, problems)
+        classes = tuple(numbers)
     else:
+        numbers = {label: number for number, label in enumerate(classes)}
         problems.extend(
             f"label `{label}` is not in `classes`{nearest(label, classes)}"
             for label in sorted(labels - set(classes))
         )
-    return Annotations(classes=classes, recordings=tuple(recordings), channels=tuple(channels))
+    return Annotations(classes=classes, recordings=tuple(recordings), channels=tuple(channels), ids=numbers)
 
 
-def _classes_from_labels(labels: set[str], ids: dict[str, set[int]], problems: list[str]) -> tuple[str, ...]:
+def _ids_from_labels(labels: set[str], ids: dict[str, set[int]], problems: list[str]) -> dict[str, int]:
+    """The number of each label, in ascending order: its id where every label has one, else its position."""
+    by_name = {label: number for number, label in enumerate(sorted(labels))}
     if not labels or set(ids) != labels:
-        return tuple(sorted(labels))
+        return by_name
     way_out = "; make them agree, or list the names under `classes`"
     ambiguous = False
     owners: dict[int, list[str]] = {}
@@ -307,7 +316,9 @@ def _classes_from_labels(labels: set[str], ids: dict[str, set[int]], problems: l
         if len(names) > 1:
             ambiguous = True
             problems.append(f"label_id {number} stands for several labels: {', '.join(names)}{way_out}")
-    return tuple(sorted(labels)) if ambiguous else tuple(sorted(labels, key=lambda name: min(ids[name])))
+    if ambiguous:
+        return by_name
+    return {label: number for number, (label,) in sorted(owners.items())}
 
 
 def _from_csv(path: Path) -> tuple[Annotations | None, list[str]]:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engine.errors import DataError
 from trainer.annotations import (
+    Annotations,
     Segment,
     examine_annotations,
     find_recording,
@@ -77,6 +78,39 @@ def test_without_classes_and_ids_labels_are_sorted(tmp_path: Path) -> None:
         "b",
         "c",
     )
+
+
+@pytest.mark.parametrize(
+    ("classes", "numbers", "expected"),
+    [
+        (None, (7, 3), {"b": 3, "a": 7}),  # as the file gives them, gaps and all
+        (["b", "c", "a"], (7, 3), {"b": 0, "c": 1, "a": 2}),  # `classes` decides
+        ({"10": "a", "9": "b"}, (7, 3), {"b": 0, "a": 1}),
+        (None, (7, None), {"a": 0, "b": 1}),  # not every label has one: sorted
+        (None, (None, None), {"a": 0, "b": 1}),
+    ],
+)
+def test_ids_of_the_labels(
+    tmp_path: Path, classes: object, numbers: tuple[int | None, ...], expected: dict[str, int]
+) -> None:
+    labels = [
+        {"segment": [0, 1], "label": label} | ({} if number is None else {"label_id": number})
+        for label, number in zip("ab", numbers, strict=True)
+    ]
+    document: dict[str, Any] = {"database": {"r": {"annotations": labels}}}
+    if classes is not None:
+        document["classes"] = classes
+    annotations = read_annotations(_write(tmp_path, document))
+    assert annotations.ids == expected
+    assert annotations.classes == tuple(annotations.ids)
+
+
+def test_ids_of_a_csv_and_of_none(tmp_path: Path) -> None:
+    path = _write(tmp_path, "recording,start,end,label\nr,0,1,wave\nr,1,2,rest\n", "labels.csv")
+    assert read_annotations(path).ids == {"rest": 0, "wave": 1}
+    made = Annotations(("wave",), ())
+    assert made.ids == {}
+    assert isinstance(hash(made), int)
 
 
 def test_duration_follows_from_frames_and_rate(tmp_path: Path) -> None:

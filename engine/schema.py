@@ -40,6 +40,11 @@ def parse(model: type[ModelT], values: object, origin: str, error: type[OnsetErr
         raise error(f"{origin}: " + "; ".join(lines)) from None
 
 
+def as_tuple(value: Any) -> Any:
+    """One thing or a list of them, as a tuple: for keys that take either."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
 def load_yaml(path: Path) -> Any:
     """Read one YAML document of at most 4 MiB, without constructing Python objects.
 

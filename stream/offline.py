@@ -7,12 +7,16 @@ each round every recording is fed until it has exactly one thing to do, and then
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.session import OnnxSession, Session
 from stream.config import RuntimeSettings, overridden
 from stream.counters import Counters
-from stream.recording_source import load, messages, paced, stream_ids
+from stream.recording_source import checked, load, messages, paced, stream_ids
 from stream.runtime import Runtime
 from stream.sinks import EventWriter, WholeFile, standard_output
 from stream.wire import Message
@@ -31,17 +35,33 @@ def detect_recordings(
     threads: int | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Counters:
-    """Write the events of `recordings` as JSON lines to `output` (None: standard output).
+    """Write the events of the files `recordings` as JSON lines: see `detect_streams`."""
+    named = [
+        (stream, partial(load, path)) for stream, path in zip(stream_ids(recordings), recordings, strict=True)
+    ]
+    return detect_streams(bundle, named, output, arrival, realtime, min_score, threads, progress)
 
-    `arrival`: samples that come at once (0: all, or those of one step where there is a pace); `realtime`:
-    pace, 1 is that of the recording (None: as fast as possible); `min_score`: in place of the bundle's
-    emission thresholds; `progress` is told fractions of recordings, 1.0 for each in all. The file is complete
-    or absent.
+
+def detect_streams(
+    bundle: Path,
+    named: Sequence[tuple[str, Callable[[], NDArray[np.float32]]]],
+    output: Path | None,
+    arrival: int = 0,
+    realtime: float | None = None,
+    min_score: float | None = None,
+    threads: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Counters:
+    """Write the events of finite streams (id, what reads its samples [T, C]) as JSON lines.
+
+    `output` None: standard output; `arrival`: samples that come at once (0: all, or those of one step where
+    there is a pace); `realtime`: pace, 1 is that of the recording (None: as fast as possible); `min_score`:
+    in place of the bundle's emission thresholds; `progress` is told fractions of recordings, 1.0 for each in
+    all. The file is complete or absent.
 
     Raises BundleError, ConfigError, DataError.
     """
-    ids = stream_ids(recordings)
-    at_once = max(1, min(AT_ONCE, len(recordings)))
+    at_once = max(1, min(AT_ONCE, len(named)))
     session: Session = OnnxSession(bundle, slots=at_once, threads=threads)
     manifest = session.manifest
     if realtime is not None:
@@ -49,8 +69,8 @@ def detect_recordings(
     lengths: dict[str, int] = {}
 
     def sources() -> Iterator[tuple[str, Iterator[Message]]]:
-        for stream, path in zip(ids, recordings, strict=True):
-            samples = load(path, manifest.frame.channels)
+        for stream, read in named:
+            samples = checked(stream, read(), manifest.frame.channels)
             lengths[stream] = len(samples)
             source = messages(stream, samples, manifest.frame.sample_rate, arrival)
             yield stream, source if realtime is None else paced(source, realtime)

@@ -35,14 +35,18 @@ def stream_ids(paths: Sequence[Path]) -> list[str]:
 
 def load(path: Path, channels: int | None = None) -> NDArray[np.float32]:
     """Samples [T, C] of a recording. Raises DataError if it has none, or not `channels` of them a sample."""
-    samples = read_recording(path)
+    return checked(str(path), read_recording(path), channels)
+
+
+def checked(origin: str, samples: NDArray[np.float32], channels: int | None) -> NDArray[np.float32]:
+    """`samples` [T, C] if there are any and C fits; else DataError naming their `origin`."""
     if channels is not None and samples.shape[1] != channels:
         raise DataError(
-            f"{path}: {samples.shape[1]} channels, the bundle expects {channels}; "
+            f"{origin}: {samples.shape[1]} channels, the bundle expects {channels}; "
             "is it the recording of another sensor?"
         )
     if not np.isfinite(samples).all(axis=1).any():
-        raise DataError(f"{path}: no sample without NaN or Inf")
+        raise DataError(f"{origin}: no sample without NaN or Inf")
     return samples
 
 

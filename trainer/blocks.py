@@ -3,11 +3,11 @@
 `full` is ActionFormer's (Zhang, Wu, Li: ActionFormer, ECCV 2022, section 3; layer by layer as its official
 configuration describes it): convolutions see both sides, attention sees a window around the query. `causal`
 has the same weights: convolutions see the left side only, and a query sees at most `window` tokens back
-and no
-token that had not arrived when its chunk was complete.
+and no token that had not arrived when its chunk was complete.
 
 Tokens are [B, T, D], masks [B, T, 1] (1 where there is a token). Convolutions are written as sums of shifted
-products, so that the exported step is matrix products and elementwise arithmetic only.
+products, so that the exported step is matrix products and elementwise arithmetic only, and so that a whole
+sequence needs no copy of itself for every tap.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.memory import Memory
+from trainer.products import Linear, slide
 
 # Added to the score of a key that a query may not see. exp(-1e4) is 0 in every precision, and half
 # precision can hold it, which -inf followed by a softmax over nothing cannot survive.
@@ -59,36 +60,42 @@ def taps(x: Tensor, kernel: int, stride: int, name: str, reach: Reach, exists: T
 class Conv(nn.Module):
     """A dense convolution over time; weight [kernel, D_in, D_out]."""
 
-    def __init__(self, name: str, width_in: int, width_out: int, kernel: int = 3, bias: bool = True) -> None:
+    def __init__(
+        self, name: str, width_in: int, width_out: int, kernel: int = 3, bias: bool = True, stride: int = 1
+    ) -> None:
         super().__init__()
-        self.name, self.kernel = name, kernel
+        self.name, self.kernel, self.stride = name, kernel, stride
         self.weight = nn.Parameter(torch.empty(kernel * width_in, width_out))
         self.bias = nn.Parameter(torch.zeros(width_out)) if bias else None
         nn.init.kaiming_uniform_(self.weight.T, a=math.sqrt(5))
 
     def forward(self, x: Tensor, mask: Tensor, reach: Reach) -> Tensor:
-        """[B, T, D_in] -> [B, T, D_out], zero where `mask` is."""
-        seen = torch.cat(taps(x, self.kernel, 1, self.name, reach, reach.exists), dim=-1)
-        y = seen @ self.weight
+        """[B, T, D_in] -> [B, T / stride, D_out], zero where `mask` [B, T / stride, 1] is."""
+        if reach.memory is None and self.stride == 1:
+            y = slide(x, self.weight.reshape(self.kernel, x.shape[2], -1))
+        else:
+            views = taps(x, self.kernel, self.stride, self.name, reach, reach.exists)
+            y = torch.cat(views, dim=-1) @ self.weight
         if self.bias is not None:
             y = y + self.bias
         return y * mask
 
 
 class DepthwiseConv(nn.Module):
-    """A convolution of each channel by itself, without bias; weight [kernel, D]."""
+    """A convolution of each channel by itself; weight [kernel, D]."""
 
-    def __init__(self, width: int, kernel: int = 3) -> None:
+    def __init__(self, width: int, kernel: int = 3, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(kernel, width))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
         nn.init.uniform_(self.weight, -1 / math.sqrt(kernel), 1 / math.sqrt(kernel))
 
     def forward(self, views: list[Tensor]) -> Tensor:
         """The views of `taps`, each [B, T, D] -> [B, T, D]."""
         y = views[0] * self.weight[0]
         for k in range(1, len(views)):
-            y = y + views[k] * self.weight[k]
-        return y
+            y = torch.addcmul(y, views[k], self.weight[k])
+        return y if self.bias is None else y + self.bias
 
 
 def visible(length: int, window: int, ahead: int, chunk: int, causal: bool, device: torch.device) -> Tensor:
@@ -107,25 +114,36 @@ def visible(length: int, window: int, ahead: int, chunk: int, causal: bool, devi
 class LocalAttention(nn.Module):
     """Multi-head attention within a window, behind depthwise convolutions (ActionFormer, section 3.2).
 
-    `window`: tokens back in causal context, tokens to either side in full context (their 19 is a 9 here).
-    A stride of 2 halves the tokens. `relative` adds a learned bias for each distance and head.
+    `window`: tokens back in causal context, tokens to either side in full context (their 19 is a 9 here);
+    0 there: every token sees every other. `ahead`: the most tokens ahead that a query may see, within its
+    chunk (causal) or its window (full). A stride of s makes one token of s. `relative` adds a learned bias
+    for each distance and head.
     """
 
     def __init__(
-        self, name: str, width: int, heads: int, window: int, chunk: int, stride: int, relative: bool
+        self,
+        name: str,
+        width: int,
+        heads: int,
+        window: int,
+        ahead: int,
+        stride: int,
+        relative: bool,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of {heads} heads")
         self.name, self.heads, self.window, self.stride = name, heads, window, stride
+        self.kernel = stride + 1 if stride > 1 else 3
         for part in ("query", "key", "value"):
-            self.add_module(f"{part}_conv", DepthwiseConv(width))
+            self.add_module(f"{part}_conv", DepthwiseConv(width, self.kernel))
             self.add_module(f"{part}_norm", nn.LayerNorm(width))
-            self.add_module(part, nn.Linear(width, width))
-        self.proj = nn.Linear(width, width)
-        # Distances from `chunk - 1` tokens ahead (within a chunk) to `window` back.
-        self.ahead = max(chunk - 1, 0)
-        self.bias = nn.Parameter(torch.zeros(heads, window + self.ahead + 1)) if relative else None
+            self.add_module(part, Linear(width, width))
+        self.proj = Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.ahead = ahead
+        self.bias = nn.Parameter(torch.zeros(heads, window + ahead + 1)) if relative else None
 
     def _project(self, part: str, views: list[Tensor], mask: Tensor) -> Tensor:
         conv, norm, linear = (getattr(self, f"{part}{end}") for end in ("_conv", "_norm", ""))
@@ -137,9 +155,11 @@ class LocalAttention(nn.Module):
 
         `reach` is that of the output's level; `exists_in` tells whether the input's tokens exist.
         """
-        views = taps(x, 3, self.stride, f"{self.name}.conv", reach, exists_in)
+        views = taps(x, self.kernel, self.stride, f"{self.name}.conv", reach, exists_in)
         query, key, value = (self._project(part, views, mask) for part in ("query", "key", "value"))
         window, length = self.window, query.shape[1]
+        if window == 0 and reach.memory is None:
+            return self._everywhere(query, key, value, mask)
         # Blocks of queries: a step is one block; a sequence is cut at chunk borders, so that no block needs
         # a key to its right in causal context.
         block = min(length, -(-max(window, 16) // reach.chunk) * reach.chunk)
@@ -173,7 +193,19 @@ class LocalAttention(nn.Module):
         y = (score.softmax(dim=-1) @ value).transpose(2, 3).reshape(batch, blocks * block, width)
         if spill:
             y = y[:, :length]
-        result: Tensor = self.proj(y) * mask
+        result: Tensor = self.dropout(self.proj(y)) * mask
+        return result
+
+    def _everywhere(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Global attention: [B, T, D] each, `mask` [B, T, 1] -> [B, T, D]."""
+        batch, length, width = query.shape
+        parts = [
+            t.reshape(batch, length, self.heads, width // self.heads).transpose(1, 2)
+            for t in (query, key, value)
+        ]
+        hidden = ((1.0 - mask) * HIDDEN).reshape(batch, 1, 1, length)
+        y = F.scaled_dot_product_attention(parts[0], parts[1], parts[2], attn_mask=hidden)
+        result: Tensor = self.dropout(self.proj(y.transpose(1, 2).reshape(batch, length, width))) * mask
         return result
 
     def _bias(self, block: int, span: int, allowed: Tensor, like: Tensor) -> Tensor:
@@ -215,22 +247,25 @@ class Block(nn.Module):
         width: int,
         heads: int,
         window: int,
-        chunk: int,
+        ahead: int,
         stride: int = 1,
         expansion: int = 4,
         relative: bool = False,
         dropout: float = 0.0,
         drop_path: float = 0.0,
+        attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.name, self.stride = name, stride
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = LocalAttention(f"{name}.attention", width, heads, window, chunk, stride, relative)
+        self.attention = LocalAttention(
+            f"{name}.attention", width, heads, window, ahead, stride, relative, attention_dropout
+        )
         self.mlp = nn.Sequential(
-            nn.Linear(width, expansion * width),
+            Linear(width, expansion * width),
             nn.GELU(),
             nn.Dropout(dropout),
-            nn.Linear(expansion * width, width),
+            Linear(expansion * width, width),
             nn.Dropout(dropout),
         )
         self.path1, self.path2 = DropPath(width, drop_path), DropPath(width, drop_path)
@@ -245,8 +280,12 @@ class Block(nn.Module):
         y = self.attention(y, mask, reach, exists_in)
         skip = x
         if self.stride > 1 and reach.memory is None:
-            # Its own padding is below every number; the zeros that `taps` pads with are not.
-            skip = F.max_pool1d(x.transpose(1, 2), 3, self.stride, padding=1).transpose(1, 2)
+            # Padded below every number, which the zeros of `taps` are not.
+            side = (self.stride + 1) // 2
+            padded = F.pad(x, (0, 0, side, side), value=-math.inf)
+            skip = padded[:, : x.shape[1] : self.stride]
+            for k in range(1, self.stride + 1):
+                skip = torch.maximum(skip, padded[:, k : k + x.shape[1] : self.stride])
         elif self.stride > 1:
             views = taps(x, 3, self.stride, f"{self.name}.skip", reach, exists_in)
             skip = torch.maximum(torch.maximum(views[0], views[1]), views[2])

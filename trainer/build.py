@@ -1,4 +1,4 @@
-"""From a configuration to a model, and from a run folder back to one."""
+"""From a configuration to a model, and from a run folder back to one: causal, or in full context."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 import torch
 
 from engine.errors import ConfigError, DataError
+from engine.schema import load_yaml
 from trainer.config import Config, read_config
 from trainer.data import Corpus
 from trainer.detector import Detector, DetectorShape
+from trainer.offline import OfflineDetector
 from trainer.pyramid import PyramidShape
+from trainer.recipe import SIBLING, Recipe, is_recipe, read_recipe
 
 CONFIG = "config.yaml"
 CHECKPOINT = "checkpoint.pt"
@@ -27,10 +30,6 @@ def hop_of(config: Config, sample_rate: float) -> int:
 def build_detector(config: Config, channels: int, classes: int, sample_rate: float) -> Detector:
     """A detector with fresh weights."""
     model = config.model
-    if model.context != "causal":
-        raise ConfigError(
-            "`model.context: full` cannot be trained yet; a live stream needs `context: causal`"
-        )
     pyramid = PyramidShape(
         width=model.width,
         heads=model.heads,
@@ -57,6 +56,12 @@ def describe(corpus: Corpus) -> dict[str, Any]:
     }
 
 
+def refuse_trained(run: Path, resume: bool) -> None:
+    """Raise ConfigError when `run` already holds a checkpoint and is not to be resumed."""
+    if (run / CHECKPOINT).exists() and not resume:
+        raise ConfigError(f"{run}: holds a trained run already; give --resume to go on, or another --output")
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of ours: tensors and plain values only, no code is unpickled."""
     try:
@@ -72,12 +77,43 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_settings(path: Path) -> Config | Recipe:
+    """Read a training configuration: with `dataset_name`, a recipe in full context; else a causal one."""
+    return read_recipe(path) if is_recipe(load_yaml(path)) else read_config(path)
+
+
 def load_run(run: Path) -> tuple[Config, Detector, dict[str, Any]]:
-    """The configuration, the detector with its averaged weights, and the checkpoint's record of a run."""
-    config = read_config(run / CONFIG)
+    """The configuration, the causal detector with its averaged weights, and the checkpoint of a run."""
+    config = read_settings(_config_of(run))
+    if isinstance(config, Recipe):
+        raise ConfigError(f"{run}: holds a detector in full context, which reads whole recordings; {SIBLING}")
     content = load_checkpoint(run / CHECKPOINT)
     facts = content["data"]
     detector = build_detector(config, facts["channels"], len(facts["classes"]), facts["sample_rate"])
+    _fill(detector, content, run)
+    return config, detector.eval(), content
+
+
+def load_offline_run(run: Path) -> tuple[Recipe, OfflineDetector, dict[str, Any]]:
+    """The same of a run in full context."""
+    recipe = read_settings(_config_of(run))
+    if isinstance(recipe, Config):
+        raise ConfigError(f"{run}: holds a causal detector, expected a run in full context")
+    content = load_checkpoint(run / CHECKPOINT)
+    detector = OfflineDetector(recipe)
+    _fill(detector, content, run)
+    return recipe, detector.eval(), content
+
+
+def _config_of(run: Path) -> Path:
+    if not (run / CONFIG).is_file():
+        raise DataError(
+            f"{run}: not a run, there is no {CONFIG}; `onset train CONFIG --output RUN` makes one"
+        )
+    return run / CONFIG
+
+
+def _fill(detector: Detector | OfflineDetector, content: dict[str, Any], run: Path) -> None:
     try:
         detector.load_state_dict(content["ema"])
     except RuntimeError:
@@ -85,7 +121,4 @@ def load_run(run: Path) -> tuple[Config, Detector, dict[str, Any]]:
             f"{run}: its weights do not fit the `model` of its {CONFIG}; put back the one that trained it"
         ) from None
     if not all(bool(torch.isfinite(value).all()) for value in content["ema"].values()):
-        raise DataError(
-            f"{run}: its weights are not finite; train again with a smaller `train.learning_rate`"
-        )
-    return config, detector.eval(), content
+        raise DataError(f"{run}: its weights are not finite; train again with a smaller learning rate")

@@ -6,27 +6,45 @@ Paths are relative to the file's folder. Times are in seconds.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from engine.manifest import Decoding, Positive
-from engine.schema import Strict, load_config
+from engine.schema import Strict, as_tuple, load_config
 
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class FeatureGrid(Strict):
+    """Feature vectors of a video: when they come, and what each stands for (ActionFormer's data sets)."""
+
+    stride: float = Field(gt=0, description="video frames from one vector to the next")
+    covers: float = Field(gt=0, description="video frames that one vector is computed from")
+    fps: float | None = Field(None, gt=0, description="of the videos, Hz; default: each one's own")
 
 
 class DataConfig(Strict):
     """Where the recordings are, and which of them train."""
 
     annotations: Path
-    recordings: Path = Field(description="the folder of NAME.npy, NAME.npz or NAME.csv")
+    recordings: Annotated[tuple[Path, ...], BeforeValidator(as_tuple)] = Field(
+        min_length=1,
+        description="the folder of NAME.npy, NAME.npz or NAME.csv; of several, channels are joined",
+    )
+    prefix: str = Field("", description="what the files have before NAME")
+    features: FeatureGrid | None = None
+    skip_missing: bool = Field(
+        False, description="leave out recordings without a file; they count as missed where scored"
+    )
     train: tuple[str, ...] = ("train",)
     test: tuple[str, ...] = ("test",)
     holdout: tuple[str, ...] = Field(
         (), description="subjects or recordings kept out of training, to choose with"
     )
-    sample_rate: float | None = Field(None, gt=0, description="Hz; default: the annotations' fps")
+    sample_rate: float | None = Field(
+        None, gt=0, description="Hz; default: the annotations' fps. Of features: vectors a second in a stream"
+    )
     units: tuple[str, ...] | None = None
     channels: tuple[str, ...] | None = None
     notice: str = Field("", description="origin, licence and citation, carried into the bundle")
@@ -35,7 +53,9 @@ class DataConfig(Strict):
 class ModelConfig(Strict):
     """The detector. `window` in tokens of a level, `chunk` in frames."""
 
-    context: Literal["causal", "full"] = "causal"
+    context: Literal["causal"] = Field(
+        "causal", description="full context is ActionFormer's: a recipe in its own layout (trainer.recipe)"
+    )
     front: Literal["signal", "features"] = "signal"
     frame_rate: float = Field(5.0, gt=0, description="frames a second aimed at; decides the hop of a signal")
     hop: Positive | None = Field(None, description="samples a frame; default: sample_rate / frame_rate")
@@ -51,6 +71,16 @@ class ModelConfig(Strict):
     relative: bool = True
     dropout: Rate = 0.1
     drop_path: Rate = 0.1
+
+    @field_validator("context", mode="before")
+    @classmethod
+    def _here(cls, value: Any) -> Any:
+        if value == "full":
+            raise ValueError(
+                "full context is trained from a recipe in ActionFormer's layout, which has `dataset_name` "
+                "(configs/thumos14_i3d.yaml is one); a live stream needs `context: causal`"
+            )
+        return value
 
     @model_validator(mode="after")
     def _possible(self) -> ModelConfig:
@@ -117,7 +147,7 @@ def read_config(path: Path) -> Config:
     data = config.data.model_copy(
         update={
             "annotations": folder / config.data.annotations.expanduser(),
-            "recordings": folder / config.data.recordings.expanduser(),
+            "recordings": tuple(folder / place.expanduser() for place in config.data.recordings),
         }
     )
     return config.model_copy(update={"data": data})

@@ -7,18 +7,80 @@ use on a live stream.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import DataError
-from engine.recording import read_recording
 from trainer.annotations import Annotations, Recording, find_recording, read_annotations
 from trainer.config import AugmentConfig, Config, DataConfig
+from trainer.features import joined
 from trainer.targets import Targets, assign
 
 FloatArray = NDArray[np.float32]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where a time of a recording lies among its samples: seconds * rate - shift.
+
+    A feature vector stands at the centre of the clip that it is computed from, a sample at that of its
+    period: so the grid of a recording of features begins later than its video.
+    """
+
+    rate: float
+    shift: float = 0.0
+
+    def samples(self, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Times in samples."""
+        return seconds * self.rate - self.shift
+
+    def seconds(self, samples: float) -> float:
+        """The way back."""
+        return (samples + self.shift) / self.rate
+
+
+def grid_of(recording: Recording, data: DataConfig) -> Grid | None:
+    """The grid of a recording; None where neither its annotations nor the configuration tell a rate."""
+    if data.features is None:
+        rate = data.sample_rate or recording.fps
+        return Grid(rate) if rate else None
+    fps, stride = data.features.fps or recording.fps, data.features.stride
+    return Grid(fps / stride, 0.5 * data.features.covers / stride - 0.5) if fps else None
+
+
+def read_samples(recording: Recording, data: DataConfig) -> FloatArray:
+    """The samples of a recording, [T, C]: those of every folder side by side. Raises DataError."""
+    files = [find_recording(folder, data.prefix + recording.name) for folder in data.recordings]
+    return joined(recording.name, files, finite=False)
+
+
+def present(chosen: list[Recording], data: DataConfig) -> list[Recording]:
+    """Those of `chosen` that have a file in every folder, where the configuration leaves the others out."""
+    if not data.skip_missing:
+        return chosen
+    found = [recording for recording in chosen if _has_files(recording, data)]
+    if not found:
+        folders = ", ".join(map(str, data.recordings))
+        raise DataError(f"none of {len(chosen)} recordings has a file in {folders}; is it the right folder?")
+    missing = [recording.name for recording in chosen if recording not in found]
+    if missing:
+        shown = ", ".join(missing[:10])
+        log.warning("%d of %d recordings have no file and are left out: %s", len(missing), len(chosen), shown)
+    return found
+
+
+def _has_files(recording: Recording, data: DataConfig) -> bool:
+    try:
+        for folder in data.recordings:
+            find_recording(folder, data.prefix + recording.name)
+    except DataError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -73,33 +135,34 @@ def choose(annotations: Annotations, data: DataConfig, subset: str) -> list[Reco
 def load_corpus(data: DataConfig, subset: str) -> Corpus:
     """Read the recordings of a subset. Raises DataError that lists everything that is wrong."""
     annotations = read_annotations(data.annotations)
-    chosen = choose(annotations, data, subset)
+    chosen = present(choose(annotations, data, subset), data)
     index = {label: i for i, label in enumerate(annotations.classes)}
-    rates = {data.sample_rate or recording.fps for recording in chosen}
-    if len(rates) != 1 or None in rates:
+    grids = [grid_of(recording, data) for recording in chosen]
+    rates = {data.sample_rate or (grid.rate if grid else None) for grid in grids}
+    if len(rates) != 1 or None in rates or None in grids:
         raise DataError(
             f"{data.annotations}: sampling rates {sorted(map(str, rates))}; expected one for all recordings: "
-            "set `data.sample_rate`"
+            f"set `data.sample_rate`{' and `data.features.fps`' if data.features else ''}"
         )
     rate = float(next(iter(rates)) or 0.0)
     tracks: list[Track] = []
     problems: list[str] = []
-    for recording in chosen:
+    for recording, grid in zip(chosen, grids, strict=True):
         try:
-            path = find_recording(data.recordings, recording.name)
-            samples = read_recording(path)
+            samples = read_samples(recording, data)
         except DataError as problem:
             problems.append(str(problem))
             continue
         if not np.isfinite(samples).all():
-            problems.append(f"{path}: holds NaN or Inf")
+            problems.append(f"recording `{recording.name}`: holds NaN or Inf")
         unknown = {segment.label for segment in recording.segments} - index.keys()
         if unknown:
             problems.append(f"{recording.name}: labels {sorted(unknown)} are not among the classes")
             continue
         segments = np.array([(s.start, s.end) for s in recording.segments], np.float64).reshape(-1, 2)
         labels = np.array([index[s.label] for s in recording.segments], np.int64)
-        tracks.append(Track(recording.name, samples, segments * rate, labels))
+        assert grid is not None
+        tracks.append(Track(recording.name, samples, grid.samples(segments), labels))
     widths = {track.samples.shape[1] for track in tracks}
     if len(widths) > 1:
         problems.append(f"recordings have {sorted(widths)} channels; expected one number for all")

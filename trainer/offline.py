@@ -1,112 +1,315 @@
-"""The pyramid in full context, with ActionFormer's heads: every moment of every level classifies itself and
-regresses the distances to the start and to the end of its action (ActionFormer, ECCV 2022, section 3.3).
+"""The detector in full context: ActionFormer, number for number (Zhang, Wu, Li, ECCV 2022, section 3).
 
-The blocks are those of the causal detector; only the context differs. The weights of the official code's
-checkpoints load by name (`official_weights`), which is how the blocks are held to its numbers.
+Every moment of every level of the pyramid classifies itself and regresses the distances to the start and to
+the end of its action. The blocks are those of the causal detector; only the context differs.
+
+The official code pads a clip to a fixed length, and its numbers near the clip's end show it: norms have
+biases, which stand where nothing is and reach back into the clip through the next convolution. What stands
+there is the same everywhere, though, so a few tokens of padding on the coarsest level give the same numbers
+as all of it, at a fraction of the cost (`OfflineDetector._cover`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from trainer.blocks import Conv, Reach
-from trainer.pyramid import Pyramid, PyramidShape
+from trainer.blocks import Block, Conv, DepthwiseConv, Reach
+from trainer.moments import decode, to_seconds
+from trainer.nms import suppress
+from trainer.recipe import ModelRecipe, Recipe
+
+FULL = Reach(None, 1)
 
 
-@dataclass(frozen=True)
-class Level:
-    """One level's answers: `cls_logits` [B, T_l, K], `offsets` [B, T_l, 2] (strides), `mask` [B, T_l]."""
+class Level(NamedTuple):
+    """One level's answers: `cls_logits` [B, T_l, K], `offsets` [B, T_l, 2] (in strides), `mask` [B, T_l]."""
 
     cls_logits: Tensor
     offsets: Tensor
     mask: Tensor
 
 
+class Detections(NamedTuple):
+    """What was found in one recording: `segments` [N, 2] in seconds, `scores` [N], `labels` [N]."""
+
+    segments: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+class ConvBlock(nn.Module):
+    """Two convolutions beside a skip: the block of the backbone without attention."""
+
+    def __init__(self, width: int, stride: int, expansion: int = 2) -> None:
+        super().__init__()
+        self.conv1 = Conv("", width, expansion * width, stride=stride)
+        self.conv2 = Conv("", expansion * width, width)
+        self.downsample = Conv("", width, width, kernel=1, stride=stride) if stride > 1 else None
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """`x` [B, T, D], `mask` [B, T / stride, 1] -> [B, T / stride, D]."""
+        y = self.conv2(torch.relu(self.conv1(x, mask, FULL)), mask, FULL)
+        skip = x if self.downsample is None else self.downsample(x, mask, FULL)
+        result: Tensor = torch.relu(y + skip)
+        return result
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """Absolute positions [length, width] (Vaswani et al., 2017, section 3.5), over the root of the width."""
+    place = np.arange(length)[:, None] / np.power(10000, 2 * (np.arange(width) // 2) / width)
+    place[:, 0::2], place[:, 1::2] = np.sin(place[:, 0::2]), np.cos(place[:, 1::2])
+    table: Tensor = torch.from_numpy(place).float() / width**0.5
+    return table
+
+
+class Backbone(nn.Module):
+    """Features to one sequence of tokens for each level; a level's stride is a power of `scale_factor`."""
+
+    positions: Tensor
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        model, train = recipe.model, recipe.train_cfg
+        width, inputs = sum(model.embd_dim), sum(recipe.dataset.input_dim)
+        self.scale, self.longest = model.scale_factor, recipe.dataset.max_seq_len
+        self.inputs = recipe.dataset.input_dim
+        self.proj: nn.ModuleList | None = None
+        if len(self.inputs) > 1:
+            pairs = zip(self.inputs, model.embd_dim, strict=True)
+            self.proj = nn.ModuleList(Conv("", wide, narrow, kernel=1) for wide, narrow in pairs)
+            inputs = width
+        count, stems, branches = model.backbone_arch
+        normed = model.embd_with_ln
+        self.embed = nn.ModuleList(
+            Conv("", inputs if i == 0 else width, width, model.embd_kernel_size, bias=not normed)
+            for i in range(count)
+        )
+        self.embed_norm = nn.ModuleList(nn.LayerNorm(width) if normed else nn.Identity() for _ in self.embed)
+        self.absolute = model.use_abs_pe and model.backbone_type == "convTransformer"
+        if self.absolute:
+            self.register_buffer("positions", sinusoids(self.longest, width), persistent=False)
+
+        def block(level: int, stride: int) -> nn.Module:
+            if model.backbone_type == "conv":
+                return ConvBlock(width, stride)
+            side = model.windows[level] // 2 if model.windows[level] > 1 else 0
+            return Block(
+                f"level.{level}",
+                width,
+                model.n_head,
+                side,
+                side,
+                stride,
+                relative=model.use_rel_pe and side > 0,
+                dropout=train.dropout,
+                drop_path=train.droppath,
+                attention_dropout=train.dropout,
+            )
+
+        self.stem = nn.ModuleList(block(0, 1) for _ in range(stems))
+        self.branch = nn.ModuleList(block(level, self.scale) for level in range(1, branches + 1))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, Block) and module.attention.bias is not None:
+                nn.init.trunc_normal_(module.attention.bias, std=(2.0 / width) ** 0.5)
+
+    def forward(self, x: Tensor, mask: Tensor, padded: int) -> list[tuple[Tensor, Tensor]]:
+        """`x` [B, T, C], `mask` [B, T, 1] -> for each level its tokens [B, T_l, D] and mask [B, T_l, 1].
+
+        `padded`: the length to which the official code would have padded, over which it stretches positions.
+        """
+        if self.proj is not None:
+            parts = torch.split(x, list(self.inputs), dim=2)
+            x = torch.cat([p(part, mask, FULL) for p, part in zip(self.proj, parts, strict=True)], dim=2)
+        for conv, norm in zip(self.embed, self.embed_norm, strict=True):
+            x = torch.relu(norm(conv(x, mask, FULL)))
+        if self.absolute:
+            x = x + self._positions(padded)[: x.shape[1]] * mask
+        for block in self.stem:
+            x = self._through(block, x, mask, mask)
+        levels = [(x, mask)]
+        for block in self.branch:
+            coarse = mask[:, :: self.scale]  # a token is there if its first one is
+            x, mask = self._through(block, x, mask, coarse), coarse
+            levels.append((x, mask))
+        return levels
+
+    def _positions(self, padded: int) -> Tensor:
+        if self.training or padded <= self.longest:
+            return self.positions
+        table = self.positions.T[None]
+        return F.interpolate(table, padded, mode="linear", align_corners=False)[0].T
+
+    @staticmethod
+    def _through(block: nn.Module, x: Tensor, mask_in: Tensor, mask: Tensor) -> Tensor:
+        y: Tensor = block(x, mask_in, mask, FULL, None) if isinstance(block, Block) else block(x, mask)
+        return y
+
+
+class Neck(nn.Module):
+    """A norm for each level (`identity`), after a top-down pass of sums in the feature pyramid (`fpn`)."""
+
+    def __init__(self, model: ModelRecipe) -> None:
+        super().__init__()
+        levels, width, normed = len(model.strides), sum(model.embd_dim), model.fpn_with_ln
+        self.start, self.scale = model.fpn_start_level, model.scale_factor
+        self.laterals: nn.ModuleList | None = None
+        if model.fpn_type == "fpn":
+            self.laterals = nn.ModuleList(
+                Conv("", width, model.fpn_dim, kernel=1, bias=not normed) for _ in range(levels)
+            )
+            self.convs = nn.ModuleList(DepthwiseConv(model.fpn_dim, bias=not normed) for _ in range(levels))
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(model.fpn_dim) if normed else nn.Identity() for _ in range(levels)
+        )
+
+    def forward(self, levels: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+        """[(tokens [B, T_l, D], mask)] of the backbone -> the same of the levels that the heads see."""
+        levels = levels[self.start :]
+        xs, masks = [x for x, _ in levels], [mask for _, mask in levels]
+        if self.laterals is not None:
+            xs = [lateral(x, m, FULL) for lateral, x, m in zip(self.laterals, xs, masks, strict=True)]
+            for i in range(len(xs) - 1, 0, -1):
+                xs[i - 1] = xs[i - 1] + xs[i].repeat_interleave(self.scale, dim=1)
+            xs = [conv(_beside(x)) * m for conv, x, m in zip(self.convs, xs, masks, strict=True)]
+        return [(norm(x), m) for norm, x, m in zip(self.norms, xs, masks, strict=True)]
+
+
+def _beside(x: Tensor) -> list[Tensor]:
+    padded = F.pad(x, (0, 0, 1, 1))
+    return [padded[:, k : k + x.shape[1]] for k in range(3)]
+
+
 class LevelHead(nn.Module):
     """Convolutions shared by all levels, each with a norm, and a last one for the answer."""
 
-    def __init__(self, width: int, outputs: int, layers: int = 3) -> None:
+    def __init__(self, model: ModelRecipe, outputs: int) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(Conv("", width, width, bias=False) for _ in range(layers - 1))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(layers - 1))
-        self.out = Conv("", width, outputs)
+        hidden, kernel, normed = model.head_dim, model.head_kernel_size, model.head_with_ln
+        widths = [model.fpn_dim, *[hidden] * (model.head_num_layers - 1)]
+        self.convs = nn.ModuleList(Conv("", width, hidden, kernel, bias=not normed) for width in widths[:-1])
+        self.norms = nn.ModuleList(nn.LayerNorm(hidden) if normed else nn.Identity() for _ in self.convs)
+        self.out = Conv("", hidden, outputs, kernel)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        reach = Reach(None, 1)
+        """[B, T_l, D] -> [B, T_l, outputs]."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = torch.relu(norm(conv(x, mask, reach)))
-        y: Tensor = self.out(x, mask, reach)
+            x = torch.relu(norm(conv(x, mask, FULL)))
+        y: Tensor = self.out(x, mask, FULL)
         return y
 
 
 class OfflineDetector(nn.Module):
-    """Reads whole recordings. `shape.inputs` is the width of the features, `shape.window` one side."""
+    """Reads whole recordings. `trainer.load_official` makes one from an official checkpoint."""
 
-    def __init__(self, shape: PyramidShape, classes: int) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.pyramid = Pyramid(shape)
-        self.norms = nn.ModuleList(nn.LayerNorm(shape.width) for _ in range(shape.levels))
-        self.classify = LevelHead(shape.width, classes)
-        self.regress = LevelHead(shape.width, 2)
-        self.scale = nn.Parameter(torch.ones(shape.levels))
+        self.recipe = recipe
+        model, train = recipe.model, recipe.train_cfg
+        self.backbone, self.neck = Backbone(recipe), Neck(model)
+        self.classify = LevelHead(model, recipe.dataset.num_classes)
+        self.regress = LevelHead(model, 2)
+        self.scale = nn.Parameter(torch.ones(len(model.strides)))
+        assert self.classify.out.bias is not None
+        if train.cls_prior_prob > 0:
+            nn.init.constant_(self.classify.out.bias, -np.log(1 / train.cls_prior_prob - 1))
+        self.silence(train.head_empty_cls)
 
-    def forward(self, features: Tensor, mask: Tensor) -> list[Level]:
-        """`features` [B, T, C], `mask` [B, T]; T is a multiple of the coarsest stride."""
-        present = mask.to(features.dtype)[..., None]
-        levels = self.pyramid(features, present, self.pyramid.reaches(None, None))
+    def silence(self, labels: tuple[int, ...]) -> None:
+        """Give classes without training data a bias that keeps them below every threshold."""
+        assert self.classify.out.bias is not None
+        with torch.no_grad():
+            self.classify.out.bias[list(labels)] = -float(np.log((1 - 1e-6) / 1e-6))
+
+    def forward(
+        self, frames: Tensor | NDArray[np.float32], lengths: Tensor | list[int] | None = None
+    ) -> list[Level]:
+        """`frames` [B, T, C], `lengths` [B] (default: T) -> the answers of each level that the heads see.
+
+        T_l is what the official code has: its padded length over the level's stride (in training, as short
+        as gives the same numbers); what lies beyond a clip's length is zero and not in `mask`. What is
+        beyond `lengths` in `frames` is not read.
+        """
+        x = torch.as_tensor(frames, dtype=self.scale.dtype, device=self.scale.device)
+        batch, total, _ = x.shape
+        known = torch.full((batch,), total) if lengths is None else torch.as_tensor(lengths).reshape(batch)
+        padded = self.recipe.padded(total)
+        if self.training:
+            return self.answer(x, known, padded)
         answers = []
-        for level, (x, there) in enumerate(levels):
-            x = self.norms[level](x)
-            offsets = torch.relu(self.regress(x, there) * self.scale[level])
-            answers.append(Level(self.classify(x, there), offsets, there[..., 0] > 0))
+        for level, stride in zip(self.answer(x, known, padded), self.recipe.model.strides, strict=True):
+            rest = padded // stride - level.mask.shape[1]
+            logits, offsets = (F.pad(t, (0, 0, 0, rest)) for t in (level.cls_logits, level.offsets))
+            answers.append(Level(logits, offsets, F.pad(level.mask, (0, rest))))
         return answers
 
+    def answer(self, frames: Tensor, lengths: Tensor, padded: int) -> list[Level]:
+        """As `forward`, with T_l as short as it may be; `padded`: the official length, at least T."""
+        longest = int(lengths.max())
+        cover = self._cover(longest, padded)
+        frames = frames[:, :cover]
+        there = torch.arange(cover, device=frames.device)[None] < lengths.to(frames.device)[:, None]
+        mask = there.to(frames.dtype)[..., None]
+        x = F.pad(frames, (0, 0, 0, cover - frames.shape[1])) * mask
+        answers = []
+        for level, (y, present) in enumerate(self.neck(self.backbone(x, mask, padded))):
+            offsets = torch.relu(self.regress(y, present) * self.scale[level])
+            answers.append(Level(self.classify(y, present), offsets, present[..., 0] > 0))
+        return answers
 
-def official_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The official code's state dict (identity neck, transformer backbone) under the names used here.
+    def _cover(self, frames: int, padded: int) -> int:
+        """The length that gives the numbers of `padded`: on every level, as many tokens of padding beyond
+        the clip as a convolution reaches."""
+        model = self.recipe.model
+        coarsest: int = model.scale_factor ** (model.levels - 1)
+        halo = max(1, model.embd_kernel_size // 2, model.head_kernel_size // 2)
+        # Rounded up to the coarsest stride even where the official length is not a multiple of it.
+        return min((-(-frames // coarsest) + halo) * coarsest, -(-padded // coarsest) * coarsest)
 
-    Convolutions turn from [out, in, kernel] to [kernel * in, out], depthwise ones to [kernel, channels],
-    norms from [1, C, 1] to [C].
-    """
-    renamed: dict[str, Tensor] = {}
-    scales: dict[int, Tensor] = {}
-    for key, value in state.items():
-        name = key.removeprefix("module.")
-        if name.startswith("reg_head.scale."):
-            scales[int(name.split(".")[2])] = value
-            continue
-        for old, new in _NAMES:
-            name = name.replace(old, new)
-        if "_conv.weight" in name:
-            value = value[:, 0].T
-        elif value.ndim == 3 and value.shape[0] == 1 and "norm" in name:
-            value = value[0, :, 0]
-        elif value.ndim == 3 and value.shape[2] == 1:
-            value = value[:, :, 0]
-        elif value.ndim == 3:
-            value = value.permute(2, 1, 0).reshape(-1, value.shape[0])
-        renamed[name] = value.contiguous()
-    renamed["scale"] = torch.stack([scales[level] for level in sorted(scales)]).reshape(-1)
-    return renamed
+    @torch.no_grad()
+    def detect(
+        self,
+        frames: Tensor | NDArray[np.float32],
+        *,
+        fps: float,
+        feat_stride: float,
+        num_frames: float,
+        duration: float,
+    ) -> Detections:
+        """The actions in one recording, `frames` [T, C], in the order of descending scores.
 
-
-_NAMES = (
-    ("backbone.embd_norm.", "pyramid.embed_norm."),
-    ("backbone.embd.", "pyramid.embed."),
-    ("backbone.", "pyramid."),
-    (".attn.", ".attention."),
-    (".ln1.", ".norm1."),
-    (".ln2.", ".norm2."),
-    ("neck.fpn_norms.", "norms."),
-    ("cls_head.cls_head.", "classify.out."),
-    ("reg_head.offset_head.", "regress.out."),
-    ("cls_head.head.", "classify.convs."),
-    ("reg_head.head.", "regress.convs."),
-    ("cls_head.norm.", "classify.norms."),
-    ("reg_head.norm.", "regress.norms."),
-    (".conv.weight", ".weight"),
-    (".conv.bias", ".bias"),
-)
+        `fps`: of the video; `feat_stride`, `num_frames`: video frames between two vectors, and under each;
+        `duration` in seconds, to which segments are cut.
+        """
+        x = torch.as_tensor(frames, dtype=self.scale.dtype, device=self.scale.device)[None]
+        length = x.shape[1]
+        levels = self.answer(x, torch.tensor([length]), self.recipe.padded(length))
+        test = self.recipe.test_cfg
+        segments, scores, labels = decode(
+            [(level.cls_logits[0], level.offsets[0], level.mask[0]) for level in levels],
+            self.recipe.model.strides,
+            threshold=test.pre_nms_thresh,
+            most=test.pre_nms_topk,
+            shortest=test.duration_thresh,
+        )
+        segments, scores, labels = suppress(
+            segments,
+            scores,
+            labels,
+            method=test.nms_method,
+            per_class=test.multiclass_nms,
+            iou_threshold=test.iou_threshold,
+            sigma=test.nms_sigma,
+            min_score=test.min_score,
+            max_segments=test.max_seg_num,
+            voting_threshold=test.voting_thresh,
+        )
+        segments = to_seconds(segments, fps, feat_stride, num_frames, duration)
+        return Detections(*(torch.from_numpy(part) for part in (segments, scores, labels)))

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +117,55 @@ def read_predictions(path: Path) -> Predictions:
         raise DataError(f"{path}: cannot be opened: {problem.strerror or problem}") from None
     except UnicodeDecodeError as problem:
         raise DataError(f"{path}: not readable as text in UTF-8: {problem}") from None
+
+
+def retimed(predictions: Predictions, clocks: Mapping[str, Callable[[float], float]]) -> Predictions:
+    """The same with every time of a recording (segments, starts, emissions) by its clock in `clocks`."""
+
+    def at(name: str, time: float | None) -> float | None:
+        return None if time is None else clocks[name](time)
+
+    return replace(
+        predictions,
+        segments={
+            name: tuple(
+                replace(
+                    item,
+                    start=clocks[name](item.start),
+                    end=clocks[name](item.end),
+                    emitted=at(name, item.emitted),
+                )
+                for item in items
+            )
+            for name, items in predictions.segments.items()
+        },
+        starts={
+            name: tuple(
+                replace(
+                    item,
+                    time=clocks[name](item.time),
+                    emitted=at(name, item.emitted),
+                    until=at(name, item.until),
+                )
+                for item in items
+            )
+            for name, items in predictions.starts.items()
+        },
+        clock={name: clocks[name](time) for name, time in predictions.clock.items()},
+    )
+
+
+def write_results(path: Path, predictions: Predictions) -> None:
+    """Write segments as ActivityNet results, which `read_predictions` and the official evaluators read."""
+    results = {
+        name: [
+            {"label": item.label, "score": item.score, "segment": [item.start, item.end]} for item in items
+        ]
+        for name, items in predictions.segments.items()
+    }
+    document = {"version": "ActivityNet 1.3", "results": results, "external_data": {}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document) + "\n", encoding="utf-8")
 
 
 def read_frame_scores(path: Path) -> FrameScores:

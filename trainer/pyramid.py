@@ -1,10 +1,9 @@
-"""The local-attention pyramid: frames in, one sequence of tokens for each level out, in both contexts.
+"""The causal local-attention pyramid: frames in, one sequence of tokens for each level out.
 
-Level l has one token for every 2^l frames, anchored at frame 0 of the stream. In causal context a token
-exists
-once its last frame has arrived; in a step whose chunk is shorter than the stride, the phase (how many
-chunks of
-the stride have passed) says for each stream whether a token of the level has just come to exist.
+Level l has one token for every 2^l frames, anchored at frame 0 of the stream. A token exists once its last
+frame has arrived; in a step whose chunk is shorter than the stride, the phase (how many chunks of the stride
+have passed) says for each stream whether a token of the level has just come to exist. The pyramid in full
+context, with the same blocks, is `trainer.offline`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from trainer.memory import Memory
 
 @dataclass(frozen=True)
 class PyramidShape:
-    """Sizes. `chunk` is in frames and matters to causal context only; `window` in tokens of each level."""
+    """Sizes. `chunk` is in frames, `window` in tokens of each level."""
 
     width: int
     heads: int
@@ -33,7 +32,6 @@ class PyramidShape:
     relative: bool = False
     dropout: float = 0.0
     drop_path: float = 0.0
-    inputs: int = 0  # width of what comes in; 0: as wide as the pyramid
 
 
 class Pyramid(nn.Module):
@@ -43,13 +41,7 @@ class Pyramid(nn.Module):
         super().__init__()
         self.shape = shape
         self.embed = nn.ModuleList(
-            Conv(
-                f"embed.{i}",
-                (shape.inputs or shape.width) if i == 0 else shape.width,
-                shape.width,
-                bias=False,
-            )
-            for i in range(shape.embed)
+            Conv(f"embed.{i}", shape.width, shape.width, bias=False) for i in range(shape.embed)
         )
         self.embed_norm = nn.ModuleList(nn.LayerNorm(shape.width) for _ in range(shape.embed))
         self.stem = nn.ModuleList(self._block(f"stem.{i}", level=0, stride=1) for i in range(shape.stem))
@@ -64,7 +56,7 @@ class Pyramid(nn.Module):
             shape.width,
             shape.heads,
             shape.window,
-            max(1, shape.chunk >> level),
+            max(1, shape.chunk >> level) - 1,  # the rest of the chunk that a query is in
             stride,
             shape.expansion,
             shape.relative,
@@ -72,7 +64,7 @@ class Pyramid(nn.Module):
             shape.drop_path,
         )
 
-    def reaches(self, memory: Memory | None, phase: Tensor | None) -> list[Reach]:
+    def reaches(self, memory: Memory, phase: Tensor | None) -> list[Reach]:
         """What each level's layers see; `phase` [B, 1, 1]: whole chunks so far, before this one; None in
         whole sequences, in which every level's tokens exist."""
         reaches = []
@@ -88,9 +80,8 @@ class Pyramid(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, reaches: list[Reach]) -> list[tuple[Tensor, Tensor]]:
         """Frames [B, N, D] and their mask [B, N, 1] -> for each level its tokens [B, T_l, D] and mask."""
         for conv, norm in zip(self.embed, self.embed_norm, strict=True):
-            x = torch.relu(norm(conv(x, mask, reaches[0])))
-            if reaches[0].memory is not None:
-                x = x * mask  # as in `Block`: ActionFormer lets the norm's bias stand where nothing is
+            # As in `Block`: ActionFormer lets the norm's bias stand where nothing is.
+            x = torch.relu(norm(conv(x, mask, reaches[0]))) * mask
         for block in self.stem:
             x = block(x, mask, mask, reaches[0], None)
         levels = [(x, mask)]
@@ -104,10 +95,8 @@ class Pyramid(nn.Module):
 
 
 def halve(mask: Tensor, name: str, reach: Reach) -> Tensor:
-    """The mask of the next level. Causal: a token is there if any of its frames is. Full: if its first is
-    (the official code's nearest-neighbour rule)."""
-    if reach.memory is None:
-        return mask[:, ::2]
+    """The mask of the next level: a token is there if any of its frames is."""
+    assert reach.memory is not None
     joined = reach.memory.extend(name, mask, 1, reach.exists)
     if mask.shape[1] == 1:
         return torch.maximum(joined[:, :1], joined[:, 1:])

@@ -10,23 +10,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from engine.errors import ConfigError
 from engine.manifest import Positive
-from engine.schema import Strict, load_config
+from engine.schema import Strict, as_tuple, load_config
 
 # A stream's way out of what only whole recordings have.
 SIBLING = "a live stream needs the causal sibling: see the recipes that end in _causal.yaml"
 
 
-def _as_tuple(value: Any) -> Any:
-    """One thing or a list of them, as a tuple."""
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-Sizes = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
+Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+Sizes = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Dropped = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -43,7 +39,7 @@ class DatasetRecipe(Strict):
     """Where the features are and what they are: one vector for every `feat_stride` frames of video."""
 
     json_file: Path | None = None
-    feat_folder: Annotated[tuple[Path, ...], BeforeValidator(_as_tuple)] = ()
+    feat_folder: Annotated[tuple[Path, ...], BeforeValidator(as_tuple)] = ()
     file_prefix: str | None = None
     file_ext: str = ".npy"
     num_classes: Positive = 97
@@ -264,3 +260,14 @@ def read_recipe(path: Path) -> Recipe:
     if recipe.dataset.file_ext not in (".npy", ".npz"):
         raise ConfigError(f"{path}: `dataset.file_ext` is {recipe.dataset.file_ext!r}, expected .npy or .npz")
     return recipe
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as YAML that can be read from anywhere: its paths absolute."""
+    values = recipe.model_dump(mode="json")
+    data, test = values["dataset"], values["test_cfg"]
+    data["feat_folder"] = [str(Path(folder).resolve()) for folder in data["feat_folder"]]
+    for section, key in ((data, "json_file"), (test, "ext_score_file")):
+        if section[key] is not None:
+            section[key] = str(Path(section[key]).resolve())
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -99,7 +99,8 @@ class Running:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    # The service may be writing: what has no line's end yet is not a line yet.
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def await_event(path: Path, stream: str, kind: str, seconds: float = 30.0) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from engine import DataError, OnnxSession
 from engine.errors import ConfigError
@@ -17,8 +18,10 @@ from trainer.config import Config, read_config
 from trainer.data import Sampler, load_corpus
 from trainer.export import export
 from trainer.losses import diou, focal
+from trainer.online_training import OnlineTask, learning_rate
+from trainer.online_training import train_online as train
 from trainer.targets import assign
-from trainer.train import _Trainer, learning_rate, train
+from trainer.train import Loop
 
 
 @pytest.fixture
@@ -70,10 +73,10 @@ def test_resuming_continues_bit_for_bit(config: Config, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     train(config, tmp_path / "whole")
     corpus = load_corpus(config.data, "train")
-    half = _Trainer(config, corpus, tmp_path / "halves", 0, 1)
+    half = Loop(OnlineTask(config, corpus), tmp_path / "halves")
     half.run.mkdir()
     for _ in range(3):
-        half._advance()
+        half.advance()
     half.save()
     train(config, tmp_path / "halves", resume=True)
     a, b = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "halves"))
@@ -147,9 +150,11 @@ def test_a_wrong_key_names_the_right_one(tmp_path: Path) -> None:
 
 
 def test_full_context_is_refused_with_the_way_out(config: Config, tmp_path: Path) -> None:
-    full = config.model_copy(update={"model": config.model.model_copy(update={"context": "full"})})
+    values = config.model_dump(mode="json")
+    values["model"]["context"] = "full"
+    (tmp_path / "full.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError, match="context: causal"):
-        train(full, tmp_path / "run")
+        read_config(tmp_path / "full.yaml")
 
 
 def test_a_checkpoint_that_holds_code_is_not_run(tmp_path: Path) -> None:

@@ -1,0 +1,178 @@
+"""What the causal detector learns: AdamW with warm-up and cosine decay on random crops, one optimiser step
+a batch. Under `torchrun` each process draws its own crops of the batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from engine.errors import ConfigError
+from trainer.build import build_detector, describe, hop_of, refuse_trained
+from trainer.config import Config, TrainConfig
+from trainer.data import Corpus, Crop, Sampler, load_corpus, statistics
+from trainer.detector import look_back
+from trainer.losses import diou, focal
+from trainer.train import Loop, device_of, parameter_groups, processes, total
+
+
+def train_online(config: Config, run: Path, resume: bool = False, init: Path | None = None) -> Path:
+    """Train the causal detector of `config` into the folder `run`; returns the checkpoint's path.
+
+    `init`: a run whose averaged weights to begin with. Raises ConfigError when `run` already holds a
+    checkpoint and `resume` is not set.
+    """
+    refuse_trained(run, resume)
+    with processes() as (rank, world):
+        task = OnlineTask(config, load_corpus(config.data, "train"), rank, world)
+        return Loop(task, run, rank, world).fit(resume, init)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then half a cosine down to a hundredth."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    passed = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, passed))))
+
+
+def batch_of(crops: list[Crop], device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Crops stacked: samples [B, N * hop, C], mask [B, N], and each target [B, N, ...]."""
+
+    def stack(arrays: list[Any]) -> Tensor:
+        return torch.from_numpy(np.stack(arrays)).to(device)
+
+    targets = {
+        f.name: stack([getattr(crop.targets, f.name) for crop in crops]) for f in fields(crops[0].targets)
+    }
+    return stack([crop.samples for crop in crops]), stack([crop.mask for crop in crops]), targets
+
+
+def losses(
+    outputs: dict[str, Tensor],
+    mask: Tensor,
+    targets: dict[str, Tensor],
+    config: TrainConfig,
+    reach: float,
+    world: int = 1,
+) -> dict[str, Tensor]:
+    """The parts of the loss, each a sum over the frames that are there, over the number of its positives.
+
+    Positives are counted over all processes, and the sums are scaled by their number, so that the average of
+    their gradients is that of one process with the whole batch.
+    """
+
+    def share(loss: Tensor, positives: Tensor) -> Tensor:
+        return world * loss.sum() / total(positives, world).clamp_min(1.0)
+
+    def classify(name: str) -> Tensor:
+        return share(focal(outputs[name], targets[name]) * mask[..., None], targets[name].sum())
+
+    start_offset, end_offsets = look_back(outputs)
+    known = (targets["start_mask"] * mask) > 0
+    late = (start_offset[known] - targets["start_offset"][known]) / reach
+    paired = (targets["end_mask"] * mask) > 0
+    pair = diou(end_offsets[paired], targets["end_offsets"][paired])
+    near = (end_offsets[..., 1][paired] - targets["end_offsets"][..., 1][paired]) / reach
+
+    def distance(value: Tensor) -> Tensor:
+        return F.smooth_l1_loss(value, torch.zeros_like(value), reduction="sum", beta=0.1)
+
+    starts, pairs = known.sum().float(), paired.sum().float()
+    return {
+        "ongoing": config.ongoing_weight * classify("ongoing"),
+        "start": config.start_weight * classify("start"),
+        "end": config.end_weight * classify("end"),
+        "start_offset": config.offset_weight * share(distance(late), starts),
+        "end_pair": config.offset_weight * share(pair, pairs),
+        "end_offset": config.offset_weight * share(distance(near), pairs),
+    }
+
+
+class OnlineTask:
+    """A `trainer.train.Task`."""
+
+    def __init__(self, config: Config, corpus: Corpus, rank: int = 0, world: int = 1) -> None:
+        self.config, self.corpus, self.world = config, corpus, world
+        self.name, self.steps, self.clip = config.name, config.train.steps, config.train.clip
+        self.checkpoint_every = config.train.checkpoint_every
+        if config.train.batch % world:
+            raise ConfigError(f"`train.batch` {config.train.batch} is not a multiple of {world} processes")
+        torch.manual_seed(config.seed)
+        self.generator = np.random.default_rng([config.seed, rank])
+        self.device = device_of(rank)
+        hop = hop_of(config, corpus.sample_rate)
+        self.model = build_detector(config, corpus.channels, len(corpus.classes), corpus.sample_rate)
+        self.model.front.normalise_with(*(torch.from_numpy(part) for part in statistics(corpus)))
+        self.model.to(self.device)
+        period = self.model.period
+        frames = round(config.train.crop * corpus.sample_rate / hop)
+        self.sampler = Sampler(corpus, config, hop, max(period, -(-frames // period) * period))
+        torch.manual_seed(config.seed * 1009 + rank)  # what dropout draws differs between processes
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        settings = self.config.train
+        return torch.optim.AdamW(
+            parameter_groups(self.model, settings.weight_decay), lr=settings.learning_rate
+        )
+
+    def learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.config.train)
+
+    def ema(self, step: int) -> float:
+        return min(self.config.train.ema, (2 + step) / (11 + step))
+
+    def losses(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config.train
+        crops = [self.sampler.draw(self.generator) for _ in range(config.batch // self.world)]
+        samples, mask, targets = batch_of(crops, self.device)
+        parts = losses(model(samples, mask), mask, targets, config, self.sampler.reach, self.world)
+        return torch.stack(list(parts.values())).sum(), parts
+
+    def config_text(self) -> str:
+        return config_text(self.config)
+
+    def describe(self) -> dict[str, Any]:
+        return describe(self.corpus)
+
+    def state(self) -> dict[str, Any]:
+        return {"numpy": _plain(self.generator.bit_generator.state)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.generator.bit_generator.state = _restored(state["numpy"])
+
+    def summary(self) -> str:
+        corpus = self.corpus
+        return (
+            f"{len(corpus.tracks)} recordings, {corpus.seconds / 3600:.1f} h, {len(corpus.classes)} classes; "
+            f"{self.config.train.batch} crops of {self.sampler.frames} frames"
+        )
+
+
+def _plain(state: Any) -> Any:
+    """A bit generator's state as what a weights-only checkpoint may hold: its 128-bit integers as text."""
+    if isinstance(state, dict):
+        return {key: _plain(value) for key, value in state.items()}
+    return f"int:{state}" if isinstance(state, int) else state
+
+
+def _restored(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _restored(value) for key, value in state.items()}
+    return int(state[4:]) if isinstance(state, str) and state.startswith("int:") else state
+
+
+def config_text(config: Config) -> str:
+    """The configuration as YAML that can be read from anywhere: its paths absolute."""
+    values = config.model_dump(mode="json")
+    data = values["data"]
+    data["annotations"] = str(Path(data["annotations"]).resolve())
+    data["recordings"] = [str(Path(folder).resolve()) for folder in data["recordings"]]
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -15,6 +15,7 @@ start of a long action is seen by the level that spans it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -111,9 +112,9 @@ class Detector(nn.Module):
         self.start = Head("head.start", width, hidden, shape.classes + 1)
         self.end = Head("head.end", width, hidden, shape.classes + 2)
         self.dropout = nn.Dropout(pyramid.dropout)
-        bias = -torch.log(torch.tensor((1 - shape.prior) / shape.prior))
+        bias = -math.log((1 - shape.prior) / shape.prior)
         for head in (self.ongoing, self.start, self.end):
-            nn.init.constant_(head.out.bias[: shape.classes], bias.item())
+            nn.init.constant_(head.out.bias[: shape.classes], bias)
 
     @property
     def hop(self) -> int:

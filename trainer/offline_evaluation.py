@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+from rich.console import Console
 from rich.progress import track
 
 from engine.errors import ConfigError, DataError
@@ -33,7 +34,7 @@ def detect_all(detector: OfflineDetector, data: FeatureSet) -> Predictions:
             f"{len(data.classes)} classes; set `test_cfg.ext_score_file` to the scores that name them"
         )
     found: dict[str, tuple[Detection, ...]] = {}
-    for index in track(range(len(data)), "detecting"):
+    for index in track(range(len(data)), "detecting", console=Console(stderr=True)):
         clip = data.read(index)
         segments, values, labels = (
             part.cpu().numpy()

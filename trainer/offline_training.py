@@ -167,7 +167,8 @@ class OfflineTask:
 
     def losses(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         clips = self._batch(step)
-        torch.manual_seed(hash((self.recipe.init_rand_seed, step, self.rank)) % 2**63)
+        seeds = np.random.SeedSequence((self.recipe.init_rand_seed, step, self.rank))
+        torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> 1))
         return self.losses_of(model, clips)
 
     def losses_of(self, model: nn.Module, clips: list[Clip]) -> tuple[Tensor, dict[str, Tensor]]:

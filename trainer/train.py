@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -129,7 +130,7 @@ class Loop:
             TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn(),
         )  # fmt: skip
         writer = SummaryWriter(str(self.run)) if self.rank == 0 else None
-        with Progress(*columns, disable=self.rank > 0) as progress:
+        with Progress(*columns, disable=self.rank > 0, console=Console(stderr=True)) as progress:
             bar = progress.add_task(task.name, total=task.steps, completed=self.step, loss=0.0)
             while self.step < task.steps:
                 loss, parts = self.advance()

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from trainer.features import Clip
+from engine.errors import ConfigError
+from tests.trainer.synthetic import write_feature_set
+from trainer.annotations import read_annotations
+from trainer.build import load_checkpoint, load_offline_run
+from trainer.features import Clip, FeatureSet
 from trainer.moments import assign, places
 from trainer.official import fill, read_official, renamed
-from trainer.offline_training import EMA, OfflineTask, learning_rate
+from trainer.offline_evaluation import detect_all
+from trainer.offline_training import EMA, OfflineTask, learning_rate, train_offline
 from trainer.recipe import OptRecipe, read_recipe
+from trainer.scoring import score
 from trainer.train import Loop
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
 TRAINED = sorted(
     path.stem
     for path in GOLDEN.glob("*.npz")
@@ -128,3 +139,75 @@ def test_schedules_are_the_official_ones() -> None:
         opt = OptRecipe.model_validate(case["opt"])
         mine = [learning_rate(step, opt, 5) for step in range(len(case["lr_used_by_iteration"]))]
         assert mine == pytest.approx(case["lr_used_by_iteration"], rel=1e-9, abs=1e-15)
+
+
+def test_resuming_continues_bit_for_bit(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    recipe = read_recipe(write_feature_set(tmp_path))
+    recipe = recipe.model_copy(
+        update={"train_cfg": recipe.train_cfg.model_copy(update={"dropout": 0.1, "droppath": 0.1})}
+    )
+    train_offline(recipe, tmp_path / "whole")
+    half = Loop(OfflineTask(recipe, FeatureSet(recipe, recipe.train_split, training=True)), tmp_path / "half")
+    half.run.mkdir()
+    for _ in range(5):
+        half.advance()
+    half.save()
+    train_offline(recipe, tmp_path / "half", resume=True)
+    a, b = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "half"))
+    assert a["step"] == b["step"] == 12
+    for part in ("model", "ema"):
+        for name in a[part]:
+            assert torch.equal(a[part][name], b[part][name]), name
+
+
+@pytest.mark.parametrize("balance", [1.0, -1.0])
+def test_two_processes_take_the_step_of_one(tmp_path: Path, balance: float) -> None:
+    """torchrun on two processes over gloo: the same weights as one process with the whole batch."""
+    path = write_feature_set(tmp_path)
+    values = yaml.safe_load(path.read_text())
+    values["train_cfg"]["loss_weight"] = balance
+    values["opt"]["type"] = "SGD"  # Adam's division would blow up the last bits of tiny gradients
+    path.write_text(yaml.safe_dump(values))
+    train_offline(read_recipe(path), tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "onset", "train", str(path), "--output", str(tmp_path / "two")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
+    assert one["step"] == two["step"] == 12
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert one["random"][0]["task"]["normaliser"] == pytest.approx(two["random"][0]["task"]["normaliser"])
+
+
+def test_it_learns_what_is_there(tmp_path: Path) -> None:
+    """Half a minute of training at most: the actions of unseen recordings are found."""
+    recipe = read_recipe(write_feature_set(tmp_path, videos=24, epochs=24))
+    run = tmp_path / "run"
+    train_offline(recipe, run)
+    _, detector, content = load_offline_run(run)
+    detector.load_state_dict(content["model"])  # the average is still young after so few steps
+    found = detect_all(detector, FeatureSet(recipe, recipe.val_split, training=False))
+    truth = read_annotations(tmp_path / "annotations.json")
+    scores = score(found, truth, "test", (0.3, 0.5))
+    assert scores.average_mean_ap > 0.8
+
+
+def test_weights_to_begin_with_must_fit(tmp_path: Path) -> None:
+    recipe = read_recipe(write_feature_set(tmp_path))
+    train_offline(recipe, tmp_path / "first")
+    begun = Loop(OfflineTask(recipe, FeatureSet(recipe, recipe.train_split, training=True)), tmp_path / "x")
+    begun._begin_with(tmp_path / "first")
+    expected = load_checkpoint(tmp_path / "first" / "checkpoint.pt")["ema"]
+    assert all(torch.equal(begun.average[name], expected[name]) for name in expected)
+    wider = recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"embd_dim": (64,), "fpn_dim": 64})}
+    )
+    with pytest.raises(ConfigError, match="do not fit"):
+        train_offline(wider, tmp_path / "second", init=tmp_path / "first")

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 from engine.errors import ConfigError, DataError
 from engine.manifest import read_bundle
-from tests.trainer.synthetic import write_feature_set
+from tests.trainer.synthetic import official_checkpoint, sibling, write_feature_set
 from trainer.config import read_config
 from trainer.data import load_corpus
 from trainer.features import FeatureSet
@@ -35,63 +34,6 @@ def onset(*words: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
     )
-
-
-def sibling(folder: Path, steps: int = 3, **data: object) -> Path:
-    """A causal configuration of `write_feature_set`'s features."""
-    values = {
-        "name": "sibling",
-        "data": {
-            "annotations": "annotations.json",
-            "recordings": "features",
-            "features": {"stride": 8, "covers": 16},
-            "train": ["Validation"],
-            "test": ["Test"],
-            **data,
-        },
-        "model": {
-            "front": "features", "chunk": 1, "width": 32, "heads": 2, "levels": 4, "window": 8, "stem": 1,
-        },
-        "augment": {"scale": 0, "shift": 0},
-        "train": {
-            "steps": steps, "batch": 4, "crop": 30, "reach": 2, "learning_rate": 0.005, "warmup": 10,
-            "ema": 0.97,
-        },
-    }  # fmt: skip
-    (folder / "causal.yaml").write_text(yaml.safe_dump(values))
-    return folder / "causal.yaml"
-
-
-def official_checkpoint(recipe: Path, target: Path) -> None:
-    """A checkpoint with the official code's names and shapes, of random weights."""
-    torch.manual_seed(0)
-    state = {}
-    for name, value in OfflineDetector(read_recipe(recipe)).state_dict().items():
-        if name == "scale":
-            state |= {f"module.reg_head.scale.{i}.scale": v.clone() for i, v in enumerate(value)}
-            continue
-        parts = name.split(".")
-        official = (
-            name.replace("backbone.embed", "backbone.embd")
-            .replace("attention", "attn").replace("norm1", "ln1").replace("norm2", "ln2")
-            .replace("neck.norms", "neck.fpn_norms").replace("classify.out", "cls_head.cls_head")
-            .replace("regress.out", "reg_head.offset_head").replace("classify.convs", "cls_head.head")
-            .replace("regress.convs", "reg_head.head").replace("classify.norms", "cls_head.norm")
-            .replace("regress.norms", "reg_head.norm")
-        )  # fmt: skip
-        dense = parts[1] == "embed" or (parts[0] in ("classify", "regress") and parts[1] in ("convs", "out"))
-        if dense:
-            official = official.rsplit(".", 1)[0] + ".conv." + parts[-1]
-            if parts[-1] == "weight":
-                value = value.reshape(3, -1, value.shape[1]).permute(2, 1, 0)
-        elif parts[-2].endswith("_conv"):
-            official, value = official.replace("_conv.", "_conv.conv."), value.T[:, None]
-        elif "norm" in parts[-2] or "norm" in name.split(".")[-3] or "ln" in official.split(".")[-2]:
-            value = value[None, :, None]
-        elif parts[-1] == "weight":
-            value = value[:, :, None]
-        state["module." + official] = value.clone()
-    torch.save({"epoch": 1, "state_dict": state, "state_dict_ema": state}, target)
 
 
 def test_who_comes_from_the_official_code_imports_and_evaluates(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# With ACTIONFORMER=CLONE, a clone of the original, against that as well.
 bench: .venv/.dev
 	$(BIN)/python -m tests.benchmarks.bench --output bench
 

@@ -58,8 +58,8 @@ def train(
     init: Annotated[
         Path | None, typer.Option(help="A run, perhaps imported, whose weights to begin with.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="In place of the configuration's seed.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: all.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="In place of the configuration's seed.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all.")] = None,
 ) -> None:
     """Train a detector. Under `torchrun -m onset train ...` on several processes."""
     _needs_torch("train")
@@ -225,6 +225,7 @@ def _evaluate_offline(
     from trainer.scoring import score as score_predictions
 
     recipe, detector, _ = load_offline_run(run)
+    tious = parse_tious(tiou or TIOUS[recipe.dataset_name])
     if torch.cuda.is_available():
         detector.cuda()
     split = {"test": recipe.val_split, "train": recipe.train_split}.get(subset, (subset,))
@@ -234,7 +235,6 @@ def _evaluate_offline(
         write_results(predictions, found)
     assert recipe.dataset.json_file is not None  # the feature set has read it
     truth = read_annotations(recipe.dataset.json_file)
-    tious = parse_tious(tiou or TIOUS[recipe.dataset_name])
     return {f"full context, {name}": score_predictions(found, truth, name, tious) for name in split}
 
 
@@ -246,7 +246,7 @@ def main() -> None:
     )
     try:
         app()
-    except OnsetError as problem:
+    except (OnsetError, OSError) as problem:
         console.print(f"[bold red]error[/] {type(problem).__name__}:", end=" ")
         console.print(str(problem), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

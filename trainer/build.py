@@ -56,10 +56,10 @@ def describe(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def refuse_trained(run: Path, resume: bool) -> None:
-    """Raise ConfigError when `run` already holds a checkpoint and is not to be resumed."""
-    if (run / CHECKPOINT).exists() and not resume:
-        raise ConfigError(f"{run}: holds a trained run already; give --resume to go on, or another --output")
+def refuse_trained(run: Path, way_out: str = "give --resume to go on, or another --output") -> None:
+    """Raise ConfigError when `run` already holds a checkpoint."""
+    if (run / CHECKPOINT).exists():
+        raise ConfigError(f"{run}: holds a trained run already; {way_out}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -105,6 +105,13 @@ class AugmentConfig(Strict):
     )
     rotate: float = Field(0.0, ge=0, description="degrees; random rotation of each triad of axes")
     triads: tuple[tuple[int, int, int], ...] = ()
+    warp: float = Field(
+        0.0, ge=0, description="standard deviation of the log of a piece's speed; 0.7 to 1.4 times at most"
+    )
+    channel_drop: Rate = Field(
+        0.0,
+        description="chance that a triad, or a channel of no triad, rests at its mean; never all channels",
+    )
     splice: Rate = Field(0.5, description="chance that a crop is joined from pieces of several recordings")
     drop: Rate = Field(0.1, description="chance that a stretch of a crop is missing, as after a lost message")
 

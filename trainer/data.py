@@ -8,6 +8,7 @@ use on a live stream.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from trainer.features import joined
 from trainer.targets import Targets, assign
 
 FloatArray = NDArray[np.float32]
+SPEEDS = (0.7, 1.4)  # what `augment.warp` keeps to: beyond, one activity may pass for another
 
 log = logging.getLogger(__name__)
 
@@ -248,13 +250,35 @@ class Sampler:
     def _piece(
         self, size: int, generator: np.random.Generator
     ) -> tuple[FloatArray, NDArray[np.float64], NDArray[np.int64]]:
-        """At most `size` samples from a random place, and the segments there, in samples of the piece."""
+        """At most `size` samples from a random place, and the segments there, in samples of the piece.
+
+        Fewer where the recording ends first. With `warp`, a piece passes at a speed of its own.
+        """
         track = self.corpus.tracks[int(generator.choice(len(self.corpus.tracks), p=self._weights))]
-        begin = int(generator.integers(0, max(1, len(track.samples) - size + 1)))
-        end = min(begin + size, len(track.samples))
-        near = (track.segments[:, 1] > begin) & (track.segments[:, 0] < end)
-        inside = track.segments[near] - begin
-        return track.samples[begin:end], inside, track.labels[near]
+        speed = 1.0
+        if self.augment.warp:
+            speed = float(np.clip(np.exp(generator.normal(0, self.augment.warp)), *SPEEDS))
+        span = math.ceil(size * speed)
+        begin = int(generator.integers(0, max(1, len(track.samples) - span + 1)))
+        taken = size if begin + span <= len(track.samples) else int((len(track.samples) - begin) / speed)
+        near = (track.segments[:, 1] > begin) & (track.segments[:, 0] < begin + taken * speed)
+        inside = (track.segments[near] - begin) / speed
+        return resampled(track.samples, begin, speed, taken), inside, track.labels[near]
+
+
+def resampled(samples: FloatArray, begin: int, speed: float, size: int) -> FloatArray:
+    """`size` samples [size, C] of a recording [T, C] from its sample `begin` on, at `speed` times its pace.
+
+    Between samples the signal is linear. Sample i stands for its period's centre, i + 0.5, as in the
+    recording; what falls outside the centres of the first and the last sample repeats these.
+    """
+    if speed == 1.0:
+        return samples[begin : begin + size]
+    places = (begin + (np.arange(size) + 0.5) * speed - 0.5).clip(0, len(samples) - 1)
+    before = places.astype(np.int64)
+    after = np.minimum(before + 1, len(samples) - 1)
+    weight = (places - before).astype(np.float32)[:, None]
+    return samples[before] * (1 - weight) + samples[after] * weight
 
 
 def augment(
@@ -264,7 +288,10 @@ def augment(
     config: AugmentConfig,
     generator: np.random.Generator,
 ) -> FloatArray:
-    """Disturb a crop [T, C] as another person or placement would; `mean` and `std` [C] set the units."""
+    """Disturb a crop [T, C] as another person or placement would; `mean` and `std` [C] set the units.
+
+    A triad of the configuration that the crop has no channels for raises IndexError.
+    """
     if config.rotate:
         for triad in config.triads:
             axes = list(triad)
@@ -277,7 +304,25 @@ def augment(
     if config.noise:
         spread = config.noise * generator.random()
         samples = samples + spread * std * generator.standard_normal(samples.shape, dtype=np.float32)
+    if config.channel_drop and generator.random() < config.channel_drop:
+        groups = channel_groups(samples.shape[1], config.triads)
+        if groups:
+            # Last, so that nothing of the above disturbs the mean: the detector then sees exact zeros.
+            group = groups[int(generator.integers(len(groups)))]
+            samples[:, group] = mean[group]
     return samples.astype(np.float32, copy=False)
+
+
+def channel_groups(channels: int, triads: tuple[tuple[int, int, int], ...]) -> list[NDArray[np.int64]]:
+    """What may fail together: the triads, and each channel of no triad; never all channels at once.
+
+    Raises IndexError for a triad of channels that are not there.
+    """
+    every = np.arange(channels)
+    groups = [np.unique(every[list(triad)]) for triad in triads]
+    alone = np.setdiff1d(every, np.concatenate(groups)) if groups else every
+    groups += list(alone[:, None])
+    return [group for group in groups if len(group) < channels]
 
 
 def rotation(degrees: float, generator: np.random.Generator) -> NDArray[np.float64]:

@@ -133,7 +133,7 @@ class FeatureSet:
         """
         data, video = self._data, self.videos[index]
         features = read_features(
-            data.feat_folder, video.name, data.file_prefix, data.file_ext, width=sum(data.input_dim)
+            data.feat_folder, video.name, data.file_prefix, data.file_ext, width=sum(data.inputs)
         )
         stride, num_frames = float(data.feat_stride * data.downsample_rate), float(data.num_frames)
         if self._kind == "anet" and (data.feat_stride == 0 or data.force_upsampling):

@@ -30,13 +30,13 @@ def load_official(config: Path | str, checkpoint: Path | str, *, ema: bool = Tru
     states = read_official(Path(checkpoint))
     state = states[EMA] if ema and EMA in states else states[PLAIN]
     detector = OfflineDetector(recipe)
-    fill(detector, renamed(state), Path(checkpoint))
+    fill(detector, _renamed_from(state, Path(checkpoint)), Path(checkpoint))
     return detector.eval().requires_grad_(False)
 
 
 def import_official(config: Path, checkpoint: Path, run: Path, *, ema: bool = True) -> None:
     """Make a run of an official configuration and checkpoint. Raises ConfigError where `run` has one."""
-    refuse_trained(run, resume=False)
+    refuse_trained(run, "give another --output")
     detector = load_official(config, checkpoint, ema=ema)
     states = {name: value.clone() for name, value in detector.state_dict().items()}
     run.mkdir(parents=True, exist_ok=True)
@@ -56,8 +56,8 @@ def read_official(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
         raise DataError(
             f"{checkpoint}: not readable as tensors and plain values, and nothing else is unpickled: {reason}"
         ) from None
-    if isinstance(content, dict) and PLAIN not in content and EMA in content:
-        content = {PLAIN: content[EMA], **content}
+    if isinstance(content, dict) and content.get(PLAIN) is None and EMA in content:
+        content = {**content, PLAIN: content[EMA]}
     if not isinstance(content, dict) or not isinstance(content.get(PLAIN), dict):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise DataError(
@@ -65,13 +65,29 @@ def read_official(checkpoint: Path) -> dict[str, dict[str, Tensor]]:
         )
     states = {key: content[key] for key in (PLAIN, EMA) if isinstance(content.get(key), dict)}
     for key, state in states.items():
-        wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
+        wrong = [name for name, value in state.items() if not _is_plain(name, value)]
         if wrong:
-            raise DataError(f"{checkpoint}: `{key}.{wrong[0]}` is not a tensor")
+            raise DataError(f"{checkpoint}: `{key}.{wrong[0]}` is not a tensor of numbers under a name")
         bad = [name for name, value in state.items() if not bool(torch.isfinite(value).all())]
         if bad:
             raise DataError(f"{checkpoint}: `{key}.{bad[0]}` holds NaN or Inf")
     return states
+
+
+def _is_plain(name: object, value: object) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    )
+
+
+def _renamed_from(state: dict[str, Tensor], origin: Path) -> dict[str, Tensor]:
+    try:
+        return renamed(state)
+    except (RuntimeError, IndexError, ValueError) as problem:
+        raise DataError(f"{origin}: not weights of the official code: {problem}") from None
 
 
 def fill(detector: OfflineDetector, state: dict[str, Tensor], origin: Path) -> None:
@@ -150,6 +166,10 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
         elif value.ndim == 3:
             value = value[:, :, 0]
         result[name] = value.detach().clone().contiguous()
+    if len(result) + len(scales) != len(state):
+        raise ValueError("two tensors have one name, with and without `module.`")
+    if sorted(scales) != list(range(len(scales))):
+        raise ValueError(f"scales of the levels {sorted(scales)}, expected one for each")
     if scales:
         result["scale"] = (
             torch.stack([scales[level] for level in sorted(scales)]).reshape(-1).detach().clone()

@@ -11,6 +11,7 @@ as all of it, at a fraction of the cost (`OfflineDetector._cover`).
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine.errors import DataError
 from trainer.blocks import Block, Conv, DepthwiseConv, Reach
+from trainer.front import SignalFront
+from trainer.memory import Memory
 from trainer.moments import decode, to_seconds
 from trainer.nms import suppress
 from trainer.recipe import ModelRecipe, Recipe
@@ -73,15 +77,15 @@ class Backbone(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, expansion: int) -> None:
         super().__init__()
         model, train = recipe.model, recipe.train_cfg
-        width, inputs = sum(model.embd_dim), sum(recipe.dataset.input_dim)
+        width, inputs = model.width, sum(recipe.dataset.inputs)
         self.scale, self.longest = model.scale_factor, recipe.dataset.max_seq_len
-        self.inputs = recipe.dataset.input_dim
+        self.inputs = recipe.dataset.inputs
         self.proj: nn.ModuleList | None = None
-        if len(self.inputs) > 1:
-            pairs = zip(self.inputs, model.embd_dim, strict=True)
+        if not isinstance(recipe.dataset.input_dim, int):
+            pairs = zip(self.inputs, model.widths, strict=True)
             self.proj = nn.ModuleList(Conv("", wide, narrow, kernel=1) for wide, narrow in pairs)
             inputs = width
         count, stems, branches = model.backbone_arch
@@ -106,6 +110,7 @@ class Backbone(nn.Module):
                 side,
                 side,
                 stride,
+                expansion,
                 relative=model.use_rel_pe and side > 0,
                 dropout=train.dropout,
                 drop_path=train.droppath,
@@ -120,10 +125,11 @@ class Backbone(nn.Module):
             elif isinstance(module, Block) and module.attention.bias is not None:
                 nn.init.trunc_normal_(module.attention.bias, std=(2.0 / width) ** 0.5)
 
-    def forward(self, x: Tensor, mask: Tensor, padded: int) -> list[tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, mask: Tensor, padded: list[int]) -> list[tuple[Tensor, Tensor]]:
         """`x` [B, T, C], `mask` [B, T, 1] -> for each level its tokens [B, T_l, D] and mask [B, T_l, 1].
 
-        `padded`: the length to which the official code would have padded, over which it stretches positions.
+        `padded`: the length to which the official code would have padded each clip, over which it stretches
+        the positions.
         """
         if self.proj is not None:
             parts = torch.split(x, list(self.inputs), dim=2)
@@ -131,7 +137,7 @@ class Backbone(nn.Module):
         for conv, norm in zip(self.embed, self.embed_norm, strict=True):
             x = torch.relu(norm(conv(x, mask, FULL)))
         if self.absolute:
-            x = x + self._positions(padded)[: x.shape[1]] * mask
+            x = x + self._positions(padded, x.shape[1]) * mask
         for block in self.stem:
             x = self._through(block, x, mask, mask)
         levels = [(x, mask)]
@@ -141,11 +147,17 @@ class Backbone(nn.Module):
             levels.append((x, mask))
         return levels
 
-    def _positions(self, padded: int) -> Tensor:
-        if self.training or padded <= self.longest:
-            return self.positions
-        table = self.positions.T[None]
-        return F.interpolate(table, padded, mode="linear", align_corners=False)[0].T
+    def _positions(self, padded: list[int], length: int) -> Tensor:
+        """[B or 1, length, D]; what lies beyond a clip's own padded length is masked, and zero here."""
+        tables = {}
+        for size in set(padded):
+            table = self.positions
+            if not self.training and size > self.longest:
+                table = F.interpolate(table.T[None], size, mode="linear", align_corners=False)[0].T
+            tables[size] = F.pad(table[:length], (0, 0, 0, max(0, length - len(table))))
+        if len(tables) == 1:
+            return tables[padded[0]][None]
+        return torch.stack([tables[size] for size in padded])
 
     @staticmethod
     def _through(block: nn.Module, x: Tensor, mask_in: Tensor, mask: Tensor) -> Tensor:
@@ -158,7 +170,7 @@ class Neck(nn.Module):
 
     def __init__(self, model: ModelRecipe) -> None:
         super().__init__()
-        levels, width, normed = len(model.strides), sum(model.embd_dim), model.fpn_with_ln
+        levels, width, normed = len(model.strides), model.width, model.fpn_with_ln
         self.start, self.scale = model.fpn_start_level, model.scale_factor
         self.laterals: nn.ModuleList | None = None
         if model.fpn_type == "fpn":
@@ -207,13 +219,17 @@ class LevelHead(nn.Module):
 
 
 class OfflineDetector(nn.Module):
-    """Reads whole recordings. `trainer.load_official` makes one from an official checkpoint."""
+    """Reads whole recordings. `trainer.load_official` makes one from an official checkpoint.
 
-    def __init__(self, recipe: Recipe) -> None:
+    `front` turns what comes in into the features of the recipe (`hop` samples to a frame); None: they come
+    as they are. `expansion`: of the perceptrons, in widths.
+    """
+
+    def __init__(self, recipe: Recipe, front: SignalFront | None = None, expansion: int = 4) -> None:
         super().__init__()
-        self.recipe = recipe
+        self.recipe, self.front = recipe, front
         model, train = recipe.model, recipe.train_cfg
-        self.backbone, self.neck = Backbone(recipe), Neck(model)
+        self.backbone, self.neck = Backbone(recipe, expansion), Neck(model)
         self.classify = LevelHead(model, recipe.dataset.num_classes)
         self.regress = LevelHead(model, 2)
         self.scale = nn.Parameter(torch.ones(len(model.strides)))
@@ -221,6 +237,11 @@ class OfflineDetector(nn.Module):
         if train.cls_prior_prob > 0:
             nn.init.constant_(self.classify.out.bias, -np.log(1 / train.cls_prior_prob - 1))
         self.silence(train.head_empty_cls)
+
+    @property
+    def hop(self) -> int:
+        """Samples a frame."""
+        return 1 if self.front is None else self.front.hop
 
     def silence(self, labels: tuple[int, ...]) -> None:
         """Give classes without training data a bias that keeps them below every threshold."""
@@ -231,33 +252,55 @@ class OfflineDetector(nn.Module):
     def forward(
         self, frames: Tensor | NDArray[np.float32], lengths: Tensor | list[int] | None = None
     ) -> list[Level]:
-        """`frames` [B, T, C], `lengths` [B] (default: T) -> the answers of each level that the heads see.
+        """`frames` [B, T * hop, C], `lengths` [B] in frames (default: T) -> the answers of each level that
+        the heads see.
 
         T_l is what the official code has: its padded length over the level's stride (in training, as short
         as gives the same numbers); what lies beyond a clip's length is zero and not in `mask`. What is
         beyond `lengths` in `frames` is not read.
         """
-        x = torch.as_tensor(frames, dtype=self.scale.dtype, device=self.scale.device)
-        batch, total, _ = x.shape
-        known = torch.full((batch,), total) if lengths is None else torch.as_tensor(lengths).reshape(batch)
-        padded = self.recipe.padded(total)
+        x = self._read(frames, 3)
+        batch, total = x.shape[0], x.shape[1] // self.hop
+        known = [total] * batch if lengths is None else [int(length) for length in torch.as_tensor(lengths)]
+        if len(known) != batch or not all(0 < length <= total for length in known):
+            raise DataError(f"`lengths` are {known}, expected {batch} numbers of frames from 1 to {total}")
         if self.training:
-            return self.answer(x, known, padded)
+            return self.answer(x, known)
+        padded = self.recipe.padded(max(known))
         answers = []
-        for level, stride in zip(self.answer(x, known, padded), self.recipe.model.strides, strict=True):
+        for level, stride in zip(self.answer(x, known), self.recipe.model.strides, strict=True):
             rest = padded // stride - level.mask.shape[1]
             logits, offsets = (F.pad(t, (0, 0, 0, rest)) for t in (level.cls_logits, level.offsets))
             answers.append(Level(logits, offsets, F.pad(level.mask, (0, rest))))
         return answers
 
-    def answer(self, frames: Tensor, lengths: Tensor, padded: int) -> list[Level]:
-        """As `forward`, with T_l as short as it may be; `padded`: the official length, at least T."""
-        longest = int(lengths.max())
-        cover = self._cover(longest, padded)
-        frames = frames[:, :cover]
-        there = torch.arange(cover, device=frames.device)[None] < lengths.to(frames.device)[:, None]
+    def _read(self, frames: Tensor | NDArray[np.float32], rank: int) -> Tensor:
+        """`frames` as a tensor of the model's type, on its device. Raises DataError for a wrong shape."""
+        array = frames if isinstance(frames, Tensor) else torch.from_numpy(np.array(frames, np.float64))
+        x = array.to(self.scale)
+        width = sum(self.recipe.dataset.inputs) if self.front is None else len(self.front.mean)
+        if x.ndim != rank or x.shape[-1] != width or 0 in x.shape:
+            turned = "; transpose them" if x.ndim == rank and x.shape[-2] == width else ""
+            expected = ["B", "T", str(width)][3 - rank :]
+            raise DataError(
+                f"frames are {list(x.shape)}, expected [{', '.join(expected)}] (`dataset.input_dim`){turned}"
+            )
+        return x
+
+    def answer(self, frames: Tensor, lengths: list[int]) -> list[Level]:
+        """As `forward`, with T_l as short as gives the same numbers."""
+        longest = max(lengths)
+        padded = [self.recipe.padded(length) for length in lengths]
+        cover = self._cover(longest, self.recipe.padded(longest))
+        frames = frames[:, : cover * self.hop]
+        counts = torch.tensor(lengths, device=frames.device)
+        there = torch.arange(cover, device=frames.device)[None] < counts[:, None]
         mask = there.to(frames.dtype)[..., None]
-        x = F.pad(frames, (0, 0, 0, cover - frames.shape[1])) * mask
+        x = F.pad(frames, (0, 0, 0, cover * self.hop - frames.shape[1]))
+        if self.front is None:
+            x = x.masked_fill(~there[..., None], 0.0)
+        else:
+            x = self.front(x, mask, Reach(Memory(), 1))
         answers = []
         for level, (y, present) in enumerate(self.neck(self.backbone(x, mask, padded))):
             offsets = torch.relu(self.regress(y, present) * self.scale[level])
@@ -283,14 +326,19 @@ class OfflineDetector(nn.Module):
         num_frames: float,
         duration: float,
     ) -> Detections:
-        """The actions in one recording, `frames` [T, C], in the order of descending scores.
+        """The actions in one recording, `frames` [T * hop, C], in the order of descending scores.
 
         `fps`: of the video; `feat_stride`, `num_frames`: video frames between two vectors, and under each;
         `duration` in seconds, to which segments are cut.
         """
-        x = torch.as_tensor(frames, dtype=self.scale.dtype, device=self.scale.device)[None]
-        length = x.shape[1]
-        levels = self.answer(x, torch.tensor([length]), self.recipe.padded(length))
+        x = self._read(frames, 2)[None]
+        if not bool(torch.isfinite(x).all()):
+            raise DataError("frames hold NaN or Inf; expected finite features")
+        facts = {"fps": fps, "feat_stride": feat_stride, "num_frames": num_frames, "duration": duration}
+        for name, value in facts.items():
+            if not (math.isfinite(value) and (value > 0 or (name == "num_frames" and value == 0))):
+                raise DataError(f"`{name}` is {value}, expected a finite number above 0")
+        levels = self.answer(x, [x.shape[1] // self.hop])
         test = self.recipe.test_cfg
         segments, scores, labels = decode(
             [(level.cls_logits[0], level.offsets[0], level.mask[0]) for level in levels],

@@ -37,7 +37,8 @@ def train_offline(recipe: Recipe, run: Path, resume: bool = False, init: Path | 
     `init`: a run whose averaged weights to begin with. Raises ConfigError when `run` already holds a
     checkpoint and `resume` is not set.
     """
-    refuse_trained(run, resume)
+    if not resume:
+        refuse_trained(run)
     with processes() as (rank, world):
         task = OfflineTask(recipe, FeatureSet(recipe, recipe.train_split, training=True), rank, world)
         return Loop(task, run, rank, world).fit(resume, init)
@@ -160,7 +161,8 @@ class OfflineTask:
         return torch.optim.AdamW(groups, lr=opt.learning_rate)
 
     def learning_rate(self, step: int) -> float:
-        return learning_rate(step, self.recipe.opt, self.iterations)
+        # The official code multiplies it by the number of its devices, among which it splits a batch.
+        return len(self.recipe.devices) * learning_rate(step, self.recipe.opt, self.iterations)
 
     def ema(self, step: int) -> float:
         return EMA
@@ -177,7 +179,7 @@ class OfflineTask:
         frames = torch.zeros(len(clips), max(lengths), clips[0].features.shape[1])
         for row, clip in zip(frames, clips, strict=True):
             row[: len(clip.features)] = torch.from_numpy(clip.features)
-        levels = model(frames.to(self.device), torch.tensor(lengths))
+        levels = model(frames.to(self.device), lengths)
         truth = [(torch.from_numpy(clip.segments), torch.from_numpy(clip.labels)) for clip in clips]
         recipe = self.recipe
         wanted, distances = targets(levels, truth, recipe.model, recipe.train_cfg, recipe.dataset.num_classes)

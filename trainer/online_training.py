@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.errors import ConfigError
-from trainer.build import build_detector, describe, hop_of, refuse_trained
+from trainer.build import CONFIG, build_detector, describe, hop_of, refuse_trained
 from trainer.config import Config, TrainConfig
 from trainer.data import Corpus, Crop, Sampler, load_corpus, statistics
 from trainer.detector import look_back
@@ -29,7 +29,8 @@ def train_online(config: Config, run: Path, resume: bool = False, init: Path | N
     `init`: a run whose averaged weights to begin with. Raises ConfigError when `run` already holds a
     checkpoint and `resume` is not set.
     """
-    refuse_trained(run, resume)
+    if not resume:
+        refuse_trained(run)
     with processes() as (rank, world):
         task = OnlineTask(config, load_corpus(config.data, "train"), rank, world)
         return Loop(task, run, rank, world).fit(resume, init)
@@ -167,6 +168,13 @@ def _restored(state: Any) -> Any:
     if isinstance(state, dict):
         return {key: _restored(value) for key, value in state.items()}
     return int(state[4:]) if isinstance(state, str) and state.startswith("int:") else state
+
+
+def write_config(config: Config, run: Path) -> None:
+    """Write a run's configuration in one move, so that a kill leaves the old or the new one."""
+    part = run / (CONFIG + ".part")
+    part.write_text(config_text(config), encoding="utf-8")
+    part.replace(run / CONFIG)
 
 
 def config_text(config: Config) -> str:

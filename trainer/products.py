@@ -107,9 +107,10 @@ class _Slide(torch.autograd.Function):
 
 
 def slide(x: Tensor, weight: Tensor) -> Tensor:
-    """A convolution without padding: x [B, T + kernel - 1, D_in], weight [kernel, D_in, D_out] to [B, T, D_out].
+    """A convolution that pads nothing, [B, T + kernel - 1, D_in] -> [B, T, D_out].
 
-    All clips of the batch are one run of rows; the outputs that straddle two clips are left out.
+    `weight` [kernel, D_in, D_out]. All clips of the batch are one run of rows; the outputs that straddle two
+    clips are left out.
     """
     batch, total, width = x.shape
     more = len(weight) - 1

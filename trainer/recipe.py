@@ -22,7 +22,10 @@ SIBLING = "a live stream needs the causal sibling: see the recipes that end in _
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
-Sizes = Annotated[tuple[Positive, ...], BeforeValidator(as_tuple)]
+# No network of the field comes near these; beyond them lies a typing error, or somebody's memory.
+Width = Annotated[int, Field(gt=0, le=65536)]
+Length = Annotated[int, Field(gt=0, le=2**20)]
+Label = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Dropped = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -42,16 +45,23 @@ class DatasetRecipe(Strict):
     feat_folder: Annotated[tuple[Path, ...], BeforeValidator(as_tuple)] = ()
     file_prefix: str | None = None
     file_ext: str = ".npy"
-    num_classes: Positive = 97
-    input_dim: Sizes = Field((2304,), description="one number, or one for each joined feature folder")
+    num_classes: Width = 97
+    input_dim: Width | tuple[Width, ...] = Field(
+        2304, description="one number, or a list: a projection for each of its parts (Ego4D)"
+    )
     feat_stride: int = Field(16, ge=0, description="video frames; 0: features of a fixed length")
     num_frames: int = Field(32, ge=0, description="video frames that one vector covers")
     default_fps: float | None = Field(None, gt=0, description="null: each video's own, from json_file")
     downsample_rate: Positive = 1
-    max_seq_len: Positive = 2304
+    max_seq_len: Length = 2304
     trunc_thresh: Fraction = 0.5
     crop_ratio: tuple[Fraction, Fraction] | None = None
     force_upsampling: bool = False
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The widths of the parts of a feature vector."""
+        return (self.input_dim,) if isinstance(self.input_dim, int) else self.input_dim
 
     @field_validator("crop_ratio")
     @classmethod
@@ -81,18 +91,28 @@ class ModelRecipe(Strict):
     n_head: Positive = 4
     n_mha_win_size: int | tuple[int, ...] = Field(-1, description="one, or one for each level; -1: global")
     embd_kernel_size: Positive = 3
-    embd_dim: Sizes = (512,)
+    embd_dim: Width | tuple[Width, ...] = 512
     embd_with_ln: bool = True
-    fpn_dim: Positive = 512
+    fpn_dim: Width = 512
     fpn_with_ln: bool = True
     fpn_start_level: int = Field(0, ge=0)
-    head_dim: Positive = 512
+    head_dim: Width = 512
     head_kernel_size: Positive = 3
     head_num_layers: Positive = 3
     head_with_ln: bool = True
-    max_buffer_len_factor: float = Field(6.0, gt=0, description="longest input, in max_seq_len")
+    max_buffer_len_factor: float = Field(6.0, gt=0, description="not used: no length is too long here")
     use_abs_pe: bool = False
     use_rel_pe: bool = False
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The embedding widths of the parts of a feature vector."""
+        return (self.embd_dim,) if isinstance(self.embd_dim, int) else self.embd_dim
+
+    @property
+    def width(self) -> int:
+        """The width of the backbone."""
+        return sum(self.widths)
 
     @property
     def levels(self) -> int:
@@ -113,7 +133,7 @@ class ModelRecipe(Strict):
 
     @model_validator(mode="after")
     def _possible(self) -> ModelRecipe:
-        width = sum(self.embd_dim)
+        width = self.width
         if min(self.backbone_arch) < 0:
             raise ValueError(f"`backbone_arch` {self.backbone_arch}: expected no negative number")
         if self.fpn_start_level >= self.levels:
@@ -135,6 +155,10 @@ class ModelRecipe(Strict):
             raise ValueError(f"`embd_dim` {width} is not a multiple of `n_head` {self.n_head}")
         if self.use_rel_pe and any(window > 1 and window % 2 == 0 for window in self.windows):
             raise ValueError("`use_rel_pe` needs odd windows")
+        if self.head_num_layers == 1 and self.head_dim != self.fpn_dim:
+            raise ValueError(
+                f"`head_num_layers: 1` needs `head_dim` {self.head_dim} = `fpn_dim` {self.fpn_dim}"
+            )
         if self.fpn_type == "identity" and width != self.fpn_dim:
             raise ValueError(f"`fpn_type: identity` needs `fpn_dim` {self.fpn_dim} = `embd_dim` {width}")
         return self
@@ -149,7 +173,7 @@ class TrainRecipe(Strict):
     cls_prior_prob: float = Field(0.01, lt=1)
     init_loss_norm: float = Field(2000, gt=0)
     clip_grad_l2norm: float = Field(-1, description="at most 0: no clipping")
-    head_empty_cls: tuple[int, ...] = Field((), description="classes without data; found in json_file too")
+    head_empty_cls: tuple[Label, ...] = Field((), description="classes without data; found in json_file too")
     dropout: Dropped = 0.0
     droppath: Dropped = 0.1
     label_smoothing: Dropped = 0.0
@@ -190,12 +214,14 @@ class OptRecipe(Strict):
 
 
 class Recipe(Strict):
-    """A whole recipe. What the official code reads and Onset decides by itself (`devices`) is not used."""
+    """A whole recipe."""
 
     dataset_name: Literal["thumos", "anet", "epic", "ego4d"] = "epic"
     context: Literal["full"] = "full"
     init_rand_seed: int = Field(1234567891, ge=0)
-    devices: tuple[str, ...] = ("cuda:0",)
+    devices: tuple[str | int, ...] = Field(
+        ("cuda:0",), description="only their number counts: the learning rate is multiplied by it"
+    )
     train_split: Names = ("training",)
     val_split: Names = ("validation",)
     model_name: Literal["LocPointTransformer"] = "LocPointTransformer"
@@ -220,9 +246,16 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
         dims, widths = self.dataset.input_dim, self.model.embd_dim
-        if (len(dims) > 1 or len(widths) > 1) and len(dims) != len(widths):
+        if isinstance(dims, int) != isinstance(widths, int):
+            raise ValueError("`dataset.input_dim` and `model.embd_dim`: expected two numbers, or two lists")
+        if not isinstance(dims, int) and not isinstance(widths, int) and len(dims) != len(widths):
             raise ValueError(
                 f"`dataset.input_dim` joins {len(dims)} features, `model.embd_dim` has {len(widths)} widths"
+            )
+        outside = [label for label in self.train_cfg.head_empty_cls if label >= self.dataset.num_classes]
+        if outside:
+            raise ValueError(
+                f"`train_cfg.head_empty_cls` {outside[0]}: `num_classes` {self.dataset.num_classes}"
             )
         for stride, window in zip(self.model.strides, self.model.windows, strict=False):
             whole = _whole(stride, window)

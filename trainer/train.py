@@ -134,7 +134,7 @@ class Loop:
             bar = progress.add_task(task.name, total=task.steps, completed=self.step, loss=0.0)
             while self.step < task.steps:
                 loss, parts = self.advance()
-                if writer is not None and self.step % 20 == 0:
+                if writer is not None and (self.step % 20 == 0 or self.step == task.steps):
                     values = {name: float(value.detach()) for name, value in {**parts, "total": loss}.items()}
                     values["learning_rate"] = task.learning_rate(self.step - 1)
                     for name, value in values.items():

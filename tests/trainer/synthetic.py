@@ -96,7 +96,7 @@ def write_feature_set(
             "fpn_dim": 32,
             "head_dim": 32,
         },
-        "train_cfg": {"init_loss_norm": 20, "clip_grad_l2norm": 1.0, "droppath": 0.0},
+        "train_cfg": {"init_loss_norm": 20, "clip_grad_l2norm": -1, "droppath": 0.0},
         "test_cfg": {"min_score": 0.001, "max_seg_num": 100},
         "opt": {"learning_rate": 0.003, "epochs": epochs, "warmup_epochs": 1, "weight_decay": 0.05},
         "loader": {"batch_size": 2, "num_workers": 0},

@@ -55,16 +55,14 @@ def test_detections_are_the_official_ones(name: str) -> None:
         free[fitting[0]] = False
 
 
-@pytest.mark.parametrize("name", ["thumos_short", "global_abs", "fpn_start", "conv_fpn"])
+@pytest.mark.parametrize("name", ["thumos_short", "global_abs", "fpn_start", "conv_fpn", "wide_kernels"])
 def test_clips_in_a_batch_do_not_see_each_other(name: str) -> None:
     """A batch of clips of several lengths gives each clip's own numbers, whatever lies behind its length."""
     golden, _ = official(name)
     detector = load_official(GOLDEN / f"{name}.yaml", GOLDEN / f"{name}.pth.tar")
     longest = torch.from_numpy(golden["feats"].T)
     lengths = [len(longest), len(longest) // 2, 7]
-    if len(longest) > detector.recipe.dataset.max_seq_len:
-        lengths = [len(longest)] * 3  # positions stretch with the longest
-    frames = torch.full((3, *longest.shape), 99.0)
+    frames = torch.full((3, *longest.shape), torch.nan)
     for row, length in zip(frames, lengths, strict=True):
         row[:length] = longest[:length]
     batch = detector(frames, lengths)
@@ -79,9 +77,29 @@ def test_clips_in_a_batch_do_not_see_each_other(name: str) -> None:
 
 def test_a_short_clip_is_not_computed_at_full_length() -> None:
     detector = load_official(GOLDEN / "thumos_short.yaml", GOLDEN / "thumos_short.pth.tar")
-    levels = detector.answer(torch.zeros(1, 40, 32), torch.tensor([40]), detector.recipe.padded(40))
+    levels = detector.answer(torch.zeros(1, 40, 32), [40])
     assert [level.mask.shape[1] for level in levels] == [96, 48, 24, 12, 6, 3]
     assert [level.mask.shape[1] for level in detector(torch.zeros(1, 40, 32))] == [576, 288, 144, 72, 36, 18]
+
+
+def test_frames_that_cannot_be_are_refused() -> None:
+    detector = load_official(GOLDEN / "thumos_short.yaml", GOLDEN / "thumos_short.pth.tar")
+    facts = {"fps": 30.0, "feat_stride": 4, "num_frames": 16, "duration": 10.0}
+    for frames, lengths, sentence in (
+        (torch.zeros(1, 32, 50), None, "transpose"),
+        (torch.zeros(50, 32), None, r"expected \[B, T, 32\]"),
+        (torch.zeros(1, 50, 32), [51], "from 1 to 50"),
+        (torch.zeros(1, 50, 32), [0], "from 1 to 50"),
+        (torch.zeros(2, 50, 32), [50], "expected 2 numbers"),
+    ):
+        with pytest.raises(DataError, match=sentence):
+            detector(frames, lengths)
+    with pytest.raises(DataError, match="NaN"):
+        detector.detect(torch.full((50, 32), torch.nan), **facts)
+    for name in facts:
+        with pytest.raises(DataError, match=name):
+            detector.detect(torch.zeros(50, 32), **{**facts, name: -1.0})
+    assert len(detector.detect(np.zeros((50, 32), ">f8")[::-1], **facts).scores) >= 0
 
 
 def test_what_does_not_fit_is_an_error_with_the_way_out(tmp_path: Path) -> None:
@@ -89,6 +107,15 @@ def test_what_does_not_fit_is_an_error_with_the_way_out(tmp_path: Path) -> None:
         load_official(GOLDEN / "hard_nms.yaml", GOLDEN / "thumos_short.pth.tar")
     with pytest.raises(DataError, match="it lacks"):
         load_official(GOLDEN / "conv_fpn.yaml", GOLDEN / "rel_pe.pth.tar")
+    state = torch.load(GOLDEN / "hard_nms.pth.tar", weights_only=True)["state_dict"]
+    for key, value, sentence in (
+        (7, torch.zeros(1), "under a name"),
+        ("module.reg_head.scale.9.scale", torch.tensor(1.0), "expected one for each"),
+        ("module.backbone.stem.0.attn.rel_pe", torch.zeros(3), "not weights of the official code"),
+    ):
+        torch.save({"state_dict": {**state, key: value}}, tmp_path / "odd.pth.tar")
+        with pytest.raises(DataError, match=sentence):
+            load_official(GOLDEN / "hard_nms.yaml", tmp_path / "odd.pth.tar")
     with pytest.raises(DataError, match="cannot be opened"):
         load_official(GOLDEN / "hard_nms.yaml", tmp_path / "none.pth.tar")
     torch.save({"model": {}}, tmp_path / "other.pth.tar")

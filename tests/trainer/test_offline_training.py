@@ -207,7 +207,7 @@ def test_weights_to_begin_with_must_fit(tmp_path: Path) -> None:
     expected = load_checkpoint(tmp_path / "first" / "checkpoint.pt")["ema"]
     assert all(torch.equal(begun.average[name], expected[name]) for name in expected)
     wider = recipe.model_copy(
-        update={"model": recipe.model.model_copy(update={"embd_dim": (64,), "fpn_dim": 64})}
+        update={"model": recipe.model.model_copy(update={"embd_dim": 64, "fpn_dim": 64})}
     )
     with pytest.raises(ConfigError, match="do not fit"):
         train_offline(wider, tmp_path / "second", init=tmp_path / "first")

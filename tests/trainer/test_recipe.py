@@ -27,7 +27,7 @@ def written(folder: Path, text: str) -> Path:
 
 def test_the_defaults_are_the_official_ones(tmp_path: Path) -> None:
     recipe = read_recipe(written(tmp_path, "dataset_name: epic\n"))
-    assert (recipe.dataset.input_dim, recipe.dataset.num_classes) == ((2304,), 97)
+    assert (recipe.dataset.input_dim, recipe.dataset.num_classes) == (2304, 97)
     assert (recipe.train_cfg.droppath, recipe.train_cfg.init_loss_norm) == (0.1, 2000)
     assert (recipe.test_cfg.min_score, recipe.test_cfg.voting_thresh) == (0.01, 0.75)
     assert (recipe.opt.epochs, recipe.opt.warmup_epochs, recipe.opt.weight_decay) == (30, 5, 0.0)
@@ -45,7 +45,11 @@ def test_the_defaults_are_the_official_ones(tmp_path: Path) -> None:
         ("model: {n_mha_win_size: [7, 7]}", "2 windows for 6 levels"),
         ("model: {n_mha_win_size: 19}\ndataset: {max_seq_len: 2000}", "not a multiple of"),
         ("model: {embd_dim: 256}", "needs `fpn_dim`"),
-        ("dataset: {input_dim: [4, 4]}", "joins 2 features"),
+        ("dataset: {input_dim: [4, 4]}", "two numbers, or two lists"),
+        ("dataset: {input_dim: [4, 4]}\nmodel: {embd_dim: [512]}", "joins 2 features"),
+        ("model: {head_num_layers: 1, head_dim: 8}", "needs `head_dim`"),
+        ("train_cfg: {head_empty_cls: [97]}", "head_empty_cls"),
+        ("dataset: {max_seq_len: 17179869184}", "max_seq_len"),
         ("dataset: {file_ext: .pkl}", "expected .npy or .npz"),
         ("context: causal", "_causal.yaml"),
     ],
@@ -85,9 +89,9 @@ def test_a_recipe_and_its_causal_sibling_fit_together(name: str) -> None:
     assert [folder.resolve() for folder in sibling.data.recordings] == folders
     assert sibling.data.prefix == (data.file_prefix or "")
     assert (sibling.data.train, sibling.data.test) == (recipe.train_split, recipe.val_split)
-    assert (sibling.model.width, sibling.model.levels) == (sum(recipe.model.embd_dim), recipe.model.levels)
+    assert (sibling.model.width, sibling.model.levels) == (recipe.model.width, recipe.model.levels)
     with torch.device("meta"):
-        detector = build_detector(sibling, sum(data.input_dim), data.num_classes, sibling.data.sample_rate)
+        detector = build_detector(sibling, sum(data.inputs), data.num_classes, sibling.data.sample_rate)
     assert sum(p.numel() for p in detector.parameters()) > 1e6
 
 

@@ -10,17 +10,23 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.logging import RichHandler
 
 from engine.errors import ConfigError, OnsetError
+from engine.manifest import Decoding
 from stream import cli as stream_cli
 from trainer import data_cli, score_cli
+from trainer.annotations import Recording
+from trainer.config import Config, DataConfig
 from trainer.data import Grid
 from trainer.scoring import Scores
 
@@ -66,6 +72,7 @@ def train(
     import torch
 
     from trainer.build import read_settings
+    from trainer.offline_signals import train_offline_signals
     from trainer.offline_training import train_offline
     from trainer.online_training import train_online
     from trainer.recipe import Recipe
@@ -81,8 +88,9 @@ def train(
     else:
         if seed is not None:
             settings = settings.model_copy(update={"seed": seed})
-        path = train_online(settings, output, resume=resume, init=init)
-        following = f"onset export {output} --output BUNDLE"
+        whole = settings.model.context == "full"
+        path = (train_offline_signals if whole else train_online)(settings, output, resume=resume, init=init)
+        following = f"onset evaluate {output}" if whole else f"onset export {output} --output BUNDLE"
     Console(stderr=True).print(f"trained: {path}; next: {following}")
 
 
@@ -134,6 +142,14 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(help="Full context: save the detections here, as ActivityNet JSON.")
     ] = None,
+    shuffle: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Cut the activities out and join them in random order, by this seed: what is left "
+            "without the order in which they were recorded?",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Score a run on its data: mAP at each tIoU, recall, starts.
@@ -156,12 +172,17 @@ def evaluate(
     settings = read_settings(run / CONFIG)
     name: str
     if isinstance(settings, Recipe):
+        if shuffle is not None:
+            raise ConfigError("`--shuffle` cuts raw recordings, and this run reads features of videos")
         results = _evaluate_offline(run, subset, tiou, predictions)
         name = settings.dataset_name
+    elif settings.model.context == "full":
+        results = _evaluate_offline_signals(run, settings, subset, tiou, predictions, shuffle)
+        name = settings.name
     elif predictions is not None:
         raise ConfigError("`--predictions` belongs to full context; `onset detect --output` saves events")
     else:
-        results = _evaluate_online(run, subset, tiou or "0.3:0.7:0.1", min_score)
+        results = _evaluate_online(run, subset, tiou or "0.3:0.7:0.1", min_score, shuffle)
         name = settings.name
     if json:
         typer.echo(
@@ -174,11 +195,116 @@ def evaluate(
         console.print(render(scores))
 
 
-def _evaluate_online(run: Path, subset: str, tiou: str, min_score: float) -> dict[str, Scores]:
+@app.command()
+def calibrate(
+    run: Annotated[Path, typer.Argument(help="A folder that `onset train` made, of a causal detector.")],
+    precision: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="The highest recall at this precision, of segments and of starts."
+        ),
+    ] = None,
+    f1: Annotated[bool, typer.Option("--f1", help="The highest F1 at tIoU 0.5: the default.")] = False,
+    subset: Annotated[
+        str, typer.Option(help="What to choose on: `holdout`, or a subset of the data.")
+    ] = "holdout",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Choose the thresholds of a causal run on recordings that it was not trained on.
+
+    These are `data.holdout` of its configuration. The network runs once over them, then about a hundred
+    settings are tried on what it said. Of those as good as the best, give or take its standard error, the one
+    in the middle of the earliest is written into the run's configuration, which `onset evaluate` and `onset
+    export` read. (Resuming the training writes that anew.)
+
+    Example: onset calibrate runs/my --precision 0.9
+    """
+    _needs_torch("calibrate")
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from stream.offline import detect_recorded, record_streams
+    from trainer import calibration
+    from trainer.annotations import Annotations, read_annotations
+    from trainer.build import CONFIG, load_run
+    from trainer.data import choose, grid_of, present
+    from trainer.export import export as write
+    from trainer.online_training import write_config
+    from trainer.predictions import Predictions, read_predictions, retimed
+
+    if f1 and precision is not None:
+        raise ConfigError("`--f1` and `--precision` are two goals; give one of them")
+    config, _, content = load_run(run)
+    data, rate = config.data, float(content["data"]["sample_rate"])
+    if subset == "holdout" and not data.holdout:
+        raise ConfigError(
+            f"{run}: its configuration holds nothing out, and thresholds chosen on what it was trained on "
+            "would be those of a better detector; name subjects or recordings in `data.holdout` and train "
+            "again, or give a --subset that belongs neither to `data.train` nor to `data.test`"
+        )
+    annotations = read_annotations(data.annotations)
+    chosen = present(choose(annotations, data, subset), data)
+    console = Console(stderr=True)
+    for name, count in calibration.in_use(annotations, data, chosen).items():
+        if name == "train":
+            reason = "trained the run: on others, these thresholds will give less than is shown here"
+        else:
+            reason = "are for testing: what `onset evaluate` says of them is no test any more"
+        console.print("[bold red]warning[/]", end=" ")
+        sentence = f"{count} of the {len(chosen)} recordings of `{subset}` {reason}"
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    streams = _streams(chosen, data)
+    clocks = {item.name: partial(_in_recording, rate, grid_of(item, data)) for item in chosen}
+    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as bar:
+        task = bar.add_task("running the network once", total=None)
+        bundle, events = Path(folder) / "bundle", Path(folder) / "events.jsonl"
+        manifest = write(run, bundle)
+        recorded = record_streams(bundle, streams)
+
+        def detect(decoding: Decoding) -> Predictions:
+            detect_recorded(recorded, events, decoding)
+            return retimed(read_predictions(events), clocks)
+
+        bar.update(task, total=1.0, description="trying settings")
+        result = calibration.calibrate(
+            detect,
+            Annotations(annotations.classes, tuple(chosen)),
+            subset,
+            config.decoding,
+            precision,
+            manifest.chunk / manifest.frame.rate,
+            lambda fraction: bar.update(task, completed=fraction),
+        )
+        bar.update(task, completed=1.0)
+    if not dry_run:
+        write_config(config.model_copy(update={"decoding": result.after.decoding}), run)
+    if json:
+        typer.echo(result.model_dump_json(indent=2))
+        return
+    Console(width=None if sys.stdout.isatty() else 200).print(calibration.render(result))
+    console.print(
+        f"{run / CONFIG}: " + ("left as it was" if dry_run else f"written; next: onset evaluate {run}")
+    )
+
+
+Reader = Callable[[], NDArray[np.float32]]
+
+
+def _streams(chosen: Sequence[Recording], data: DataConfig) -> list[tuple[str, Reader]]:
+    """Recordings as streams: id, and what reads the samples."""
+    from trainer.data import present, read_samples
+
+    return [(item.name, partial(read_samples, item, data)) for item in present(list(chosen), data)]
+
+
+def _evaluate_online(
+    run: Path, subset: str, tiou: str, min_score: float, shuffle: int | None = None
+) -> dict[str, Scores]:
     from stream.offline import detect_streams
     from trainer.annotations import Annotations, read_annotations
     from trainer.build import load_run
-    from trainer.data import choose, grid_of, present, read_samples
+    from trainer.data import choose, grid_of, present
     from trainer.export import export as write
     from trainer.predictions import read_predictions, retimed
     from trainer.scoring import parse_tious
@@ -188,7 +314,12 @@ def _evaluate_online(run: Path, subset: str, tiou: str, min_score: float) -> dic
     data, rate = config.data, float(content["data"]["sample_rate"])
     annotations = read_annotations(data.annotations)
     chosen = choose(annotations, data, subset)
-    streams = [(item.name, partial(read_samples, item, data)) for item in present(chosen, data)]
+    if shuffle is None:
+        streams = _streams(chosen, data)
+    else:
+        pairs = {item.name: _shuffled(item, data, shuffle) for item in present(chosen, data)}
+        streams = [(name, partial(_same, samples)) for name, (_, samples) in pairs.items()]
+        chosen = [pairs[item.name][0] if item.name in pairs else item for item in chosen]
     # A stream counts its samples at the bundle's rate; the truth is in seconds of each recording.
     clocks = {item.name: partial(_in_recording, rate, grid_of(item, data)) for item in chosen}
     truth = Annotations(annotations.classes, tuple(chosen))
@@ -206,8 +337,57 @@ def _evaluate_online(run: Path, subset: str, tiou: str, min_score: float) -> dic
     return results
 
 
+def _same(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    return samples
+
+
+def _shuffled(item: Recording, data: DataConfig, seed: int) -> tuple[Recording, NDArray[np.float32]]:
+    from trainer.data import grid_of, read_samples
+    from trainer.shuffle import shuffled_recording
+
+    grid = grid_of(item, data)
+    if grid is None:
+        raise ConfigError("`--shuffle` needs a sampling rate: set `data.sample_rate`")
+    return shuffled_recording(item, read_samples(item, data), grid, seed)
+
+
 def _in_recording(rate: float, grid: Grid | None, seconds: float) -> float:
     return seconds if grid is None or (grid.rate == rate and not grid.shift) else grid.seconds(seconds * rate)
+
+
+def _evaluate_offline_signals(
+    run: Path, config: Config, subset: str, tiou: str | None, predictions: Path | None, shuffle: int | None
+) -> dict[str, Scores]:
+    from trainer.annotations import Annotations, read_annotations
+    from trainer.build import load_offline_run
+    from trainer.data import choose, grid_of, present, read_samples
+    from trainer.offline_signals import detect_recordings
+    from trainer.predictions import write_results
+    from trainer.scoring import parse_tious
+    from trainer.scoring import score as score_predictions
+
+    detector = load_offline_run(run)[1]
+    tious = parse_tious(tiou or "0.3:0.7:0.1")
+    annotations = read_annotations(config.data.annotations)
+    chosen = choose(annotations, config.data, subset)
+    pairs = []
+    for item in present(chosen, config.data):
+        if shuffle is None:
+            pairs.append((item, read_samples(item, config.data)))
+        else:
+            pairs.append(_shuffled(item, config.data, shuffle))
+    clips = []
+    for item, samples in pairs:
+        grid = grid_of(item, config.data)
+        assert grid is not None  # the run was trained with it
+        clips.append((item.name, samples, grid))
+    found = detect_recordings(detector, clips, annotations.classes)
+    if predictions is not None:
+        write_results(predictions, found)
+    by_name = {item.name: item for item, _ in pairs}
+    truth = Annotations(annotations.classes, tuple(by_name.get(item.name, item) for item in chosen))
+    names = sorted({recording.subset for recording in chosen})
+    return {f"full context, {name}": score_predictions(found, truth, name, tious) for name in names}
 
 
 def _evaluate_offline(

@@ -6,18 +6,20 @@ each round every recording is fed until it has exactly one thing to do, and then
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.session import OnnxSession, Session
+from engine.manifest import Decoding, Manifest
+from engine.session import FloatArray, OnnxSession, Session, Slot
 from stream.config import RuntimeSettings, overridden
 from stream.counters import Counters
 from stream.recording_source import checked, load, messages, paced, stream_ids
-from stream.runtime import Runtime
+from stream.runtime import EventSink, Runtime
 from stream.sinks import EventWriter, WholeFile, standard_output
 from stream.wire import Message
 
@@ -84,10 +86,118 @@ def detect_streams(
         scores = {"start_threshold": min_score, "end_threshold": min_score}
         decoding = overridden(decoding, scores, "--min-score")
     writer: EventWriter = standard_output() if output is None else WholeFile(output)
-    settings = RuntimeSettings(max_streams=at_once, max_batch=at_once)
-    runtime = Runtime(session, writer.write, settings, decoding=decoding)
-    replay(runtime, sources(), at_once, report)
+    counters = _run(session, sources(), at_once, writer.write, decoding, report)
     writer.close()
+    return counters
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What the step said of finite streams: enough to decide on events again, without the network.
+
+    `steps`: the outputs of each step, in order; `streams`: each stream's id and which of its samples were
+    there [T]. Takes some 4 * (3 K + 3) bytes a frame, K being the number of classes, and no samples.
+    """
+
+    manifest: Manifest
+    streams: tuple[tuple[str, NDArray[np.bool_]], ...]
+    steps: tuple[Mapping[str, FloatArray], ...]
+    at_once: int
+
+
+def record_streams(
+    bundle: Path,
+    named: Sequence[tuple[str, Callable[[], NDArray[np.float32]]]],
+    threads: int | None = None,
+) -> Recorded:
+    """Run the network once over finite streams; parameters and what is raised as in `detect_streams`."""
+    at_once = max(1, min(AT_ONCE, len(named)))
+    session = _Recorder(bundle, slots=at_once, threads=threads)
+    manifest = session.manifest
+    streams: list[tuple[str, NDArray[np.bool_]]] = []
+
+    def sources() -> Iterator[tuple[str, Iterator[Message]]]:
+        for stream, read in named:
+            samples = checked(stream, read(), manifest.frame.channels)
+            streams.append((stream, np.asarray(np.isfinite(samples).all(axis=1))))
+            yield stream, messages(stream, samples, manifest.frame.sample_rate)
+
+    _run(session, sources(), at_once, lambda events: None, manifest.decoding)
+    return Recorded(manifest, tuple(streams), tuple(session.steps), at_once)
+
+
+def detect_recorded(recorded: Recorded, output: Path, decoding: Decoding) -> Counters:
+    """Write the events that `detect_streams` would write of the same streams, were `decoding` the bundle's.
+
+    Raises ConfigError when `output` cannot be written.
+    """
+    manifest = recorded.manifest
+
+    def sources() -> Iterator[tuple[str, Iterator[Message]]]:
+        for stream, there in recorded.streams:
+            # Nothing reads the samples but the ring, which asks whether they are there: zeros do, as a view.
+            column = np.where(there, np.float32(0), np.float32(np.nan))[:, None]
+            samples = np.broadcast_to(column, (len(there), manifest.frame.channels))
+            yield stream, messages(stream, samples, manifest.frame.sample_rate)
+
+    writer = WholeFile(output)
+    counters = _run(_Replayed(recorded), sources(), recorded.at_once, writer.write, decoding)
+    writer.close()
+    return counters
+
+
+class _Recorder(OnnxSession):
+    """A session that keeps what it said."""
+
+    def __init__(self, bundle: Path, slots: int, threads: int | None) -> None:
+        super().__init__(bundle, slots, threads)
+        self.steps: list[Mapping[str, FloatArray]] = []
+
+    def step(
+        self, slots: Sequence[Slot], samples: FloatArray, mask: NDArray[np.bool_]
+    ) -> Mapping[str, FloatArray]:
+        """See `Session.step`."""
+        outputs = super().step(slots, samples, mask)
+        self.steps.append(outputs)
+        return outputs
+
+
+class _Replayed:
+    """A session that says again what was recorded.
+
+    Exact because the runtime takes the same steps of the same streams in the same order: its rounds follow
+    from which samples are there and which outputs are finite, never from what a tracker decides.
+    """
+
+    def __init__(self, recorded: Recorded) -> None:
+        self.manifest, self.capacity = recorded.manifest, recorded.at_once
+        self._steps = iter(recorded.steps)
+
+    def open(self) -> Slot:
+        """See `Session.open`: all slots are one, since there are no states."""
+        return Slot(0, 0)
+
+    def close(self, slot: Slot) -> None:
+        """See `Session.close`."""
+
+    def step(
+        self, slots: Sequence[Slot], samples: FloatArray, mask: NDArray[np.bool_]
+    ) -> Mapping[str, FloatArray]:
+        """See `Session.step`."""
+        return next(self._steps)
+
+
+def _run(
+    session: Session,
+    sources: Iterable[tuple[str, Iterator[Message]]],
+    at_once: int,
+    sink: EventSink,
+    decoding: Decoding,
+    report: Callable[[Message], None] | None = None,
+) -> Counters:
+    settings = RuntimeSettings(max_streams=at_once, max_batch=at_once)
+    runtime = Runtime(session, sink, settings, decoding=decoding)
+    replay(runtime, sources, at_once, report)
     return runtime.counters
 
 

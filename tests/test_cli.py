@@ -94,7 +94,18 @@ def test_what_runs_on_an_edge_box_imports_no_torch(tmp_path: Path) -> None:
 
 
 def test_every_verb_explains_itself(tmp_path: Path) -> None:
-    for verb in ("train", "evaluate", "export", "detect", "run", "send", "score", "plot", "data"):
+    for verb in (
+        "train",
+        "calibrate",
+        "evaluate",
+        "export",
+        "detect",
+        "run",
+        "send",
+        "score",
+        "plot",
+        "data",
+    ):
         done = onset(verb, "--help", cwd=tmp_path)
         assert done.returncode == 0
         assert "Usage" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from engine.schema import load_yaml
 from trainer.config import Config, read_config
 from trainer.data import Corpus
 from trainer.detector import Detector, DetectorShape
+from trainer.front import FeatureFront, SignalFront
 from trainer.offline import OfflineDetector
 from trainer.pyramid import PyramidShape
 from trainer.recipe import SIBLING, Recipe, is_recipe, read_recipe
@@ -30,6 +32,10 @@ def hop_of(config: Config, sample_rate: float) -> int:
 def build_detector(config: Config, channels: int, classes: int, sample_rate: float) -> Detector:
     """A detector with fresh weights."""
     model = config.model
+    if model.context != "causal":
+        raise ConfigError(
+            "`model.context: full` reads whole recordings; a live stream needs `context: causal`"
+        )
     pyramid = PyramidShape(
         width=model.width,
         heads=model.heads,
@@ -45,6 +51,54 @@ def build_detector(config: Config, channels: int, classes: int, sample_rate: flo
     )
     hop = hop_of(config, sample_rate) if model.front == "signal" else 0
     return Detector(DetectorShape(channels, classes, pyramid, hop, model.stem_width))
+
+
+def recipe_of(config: Config, channels: int, classes: int) -> Recipe:
+    """The recipe of the same pyramid in full context: windows to both sides, ActionFormer's heads.
+
+    Ranges of regression double from level to level, as officially; a level's own is about its stride.
+    """
+    model, train = config.model, config.train
+    levels = model.levels
+    borders = [0, *(2 ** (level + 2) for level in range(levels - 1)), 10000]
+    return Recipe.model_validate(
+        {
+            "dataset": {
+                "num_classes": classes,
+                "input_dim": model.width,
+                "feat_stride": 1,
+                "num_frames": 1,
+                "max_seq_len": 2 ** (levels - 1) * 2 * model.window,
+            },
+            "model": {
+                "backbone_arch": [model.embed, model.stem, levels - 1],
+                "regression_range": list(pairwise(borders)),
+                "n_head": model.heads,
+                "n_mha_win_size": 2 * model.window + 1,
+                "embd_dim": model.width,
+                "fpn_dim": model.width,
+                "head_dim": model.width,
+                "use_rel_pe": model.relative,
+            },
+            "train_cfg": {
+                "init_loss_norm": 10 * train.batch,
+                "dropout": model.dropout,
+                "droppath": model.drop_path,
+            },
+            "test_cfg": {"pre_nms_topk": 2000, "min_score": 0.001, "max_seg_num": 1000},
+        }
+    )
+
+
+def build_offline(config: Config, channels: int, classes: int, sample_rate: float) -> OfflineDetector:
+    """A detector in full context with the front and the sizes of a configuration, fresh weights."""
+    model = config.model
+    front: SignalFront | FeatureFront
+    if model.front == "signal":
+        front = SignalFront(channels, hop_of(config, sample_rate), model.width, model.stem_width)
+    else:
+        front = FeatureFront(channels, model.width)
+    return OfflineDetector(recipe_of(config, channels, classes), front, model.expansion)
 
 
 def describe(corpus: Corpus) -> dict[str, Any]:
@@ -85,7 +139,7 @@ def read_settings(path: Path) -> Config | Recipe:
 def load_run(run: Path) -> tuple[Config, Detector, dict[str, Any]]:
     """The configuration, the causal detector with its averaged weights, and the checkpoint of a run."""
     config = read_settings(_config_of(run))
-    if isinstance(config, Recipe):
+    if isinstance(config, Recipe) or config.model.context == "full":
         raise ConfigError(f"{run}: holds a detector in full context, which reads whole recordings; {SIBLING}")
     content = load_checkpoint(run / CHECKPOINT)
     facts = content["data"]
@@ -95,12 +149,17 @@ def load_run(run: Path) -> tuple[Config, Detector, dict[str, Any]]:
 
 
 def load_offline_run(run: Path) -> tuple[Recipe, OfflineDetector, dict[str, Any]]:
-    """The same of a run in full context."""
-    recipe = read_settings(_config_of(run))
-    if isinstance(recipe, Config):
-        raise ConfigError(f"{run}: holds a causal detector, expected a run in full context")
+    """The same of a run in full context; its recipe, where it was trained on raw signals, is `recipe_of`."""
+    settings = read_settings(_config_of(run))
     content = load_checkpoint(run / CHECKPOINT)
-    detector = OfflineDetector(recipe)
+    if isinstance(settings, Recipe):
+        detector = OfflineDetector(settings)
+    elif settings.model.context == "full":
+        facts = content["data"]
+        detector = build_offline(settings, facts["channels"], len(facts["classes"]), facts["sample_rate"])
+    else:
+        raise ConfigError(f"{run}: holds a causal detector, expected a run in full context")
+    recipe = detector.recipe
     _fill(detector, content, run)
     return recipe, detector.eval(), content
 

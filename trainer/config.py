@@ -6,9 +6,9 @@ Paths are relative to the file's folder. Times are in seconds.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from engine.manifest import Decoding, Positive
 from engine.schema import Strict, as_tuple, load_config
@@ -53,8 +53,9 @@ class DataConfig(Strict):
 class ModelConfig(Strict):
     """The detector. `window` in tokens of a level, `chunk` in frames."""
 
-    context: Literal["causal"] = Field(
-        "causal", description="full context is ActionFormer's: a recipe in its own layout (trainer.recipe)"
+    context: Literal["causal", "full"] = Field(
+        "causal",
+        description="full: the same pyramid, which sees each recording whole, with ActionFormer's heads",
     )
     front: Literal["signal", "features"] = "signal"
     frame_rate: float = Field(5.0, gt=0, description="frames a second aimed at; decides the hop of a signal")
@@ -71,16 +72,6 @@ class ModelConfig(Strict):
     relative: bool = True
     dropout: Rate = 0.1
     drop_path: Rate = 0.1
-
-    @field_validator("context", mode="before")
-    @classmethod
-    def _here(cls, value: Any) -> Any:
-        if value == "full":
-            raise ValueError(
-                "full context is trained from a recipe in ActionFormer's layout, which has `dataset_name` "
-                "(configs/thumos14_i3d.yaml is one); a live stream needs `context: causal`"
-            )
-        return value
 
     @model_validator(mode="after")
     def _possible(self) -> ModelConfig:

@@ -213,7 +213,16 @@ class Sampler:
         self._weights /= self._weights.sum()
 
     def draw(self, generator: np.random.Generator) -> Crop:
-        """One crop."""
+        """One crop, and what the causal detector should answer."""
+        samples, mask, segments, labels = self.cut(generator)
+        targets = assign(segments, labels, self.frames, len(self.corpus.classes), self.reach)
+        return Crop(samples, mask, targets)
+
+    def cut(
+        self, generator: np.random.Generator
+    ) -> tuple[FloatArray, FloatArray, NDArray[np.float64], NDArray[np.int64]]:
+        """One crop: samples [N * hop, C], mask [N], and the segments there [n, 2] in frames with their
+        labels [n]; segments may stick out of it."""
         length = self.frames * self.hop
         pieces = 1
         if generator.random() < self.augment.splice:
@@ -238,14 +247,7 @@ class Sampler:
             first = int(generator.integers(0, self.frames - size + 1))
             mask[first : first + size] = 0.0
         samples = augment(samples, self._mean, self._std, self.augment, generator)
-        targets = assign(
-            np.concatenate(segments) / self.hop,
-            np.concatenate(labels),
-            self.frames,
-            len(self.corpus.classes),
-            self.reach,
-        )
-        return Crop(samples, mask, targets)
+        return samples, mask, np.concatenate(segments) / self.hop, np.concatenate(labels)
 
     def _piece(
         self, size: int, generator: np.random.Generator

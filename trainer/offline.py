@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from engine.errors import DataError
 from trainer.blocks import Block, Conv, DepthwiseConv, Reach
-from trainer.front import SignalFront
+from trainer.front import FeatureFront, SignalFront
 from trainer.memory import Memory
 from trainer.moments import decode, to_seconds
 from trainer.nms import suppress
@@ -225,7 +225,9 @@ class OfflineDetector(nn.Module):
     as they are. `expansion`: of the perceptrons, in widths.
     """
 
-    def __init__(self, recipe: Recipe, front: SignalFront | None = None, expansion: int = 4) -> None:
+    def __init__(
+        self, recipe: Recipe, front: SignalFront | FeatureFront | None = None, expansion: int = 4
+    ) -> None:
         super().__init__()
         self.recipe, self.front = recipe, front
         model, train = recipe.model, recipe.train_cfg
@@ -241,7 +243,7 @@ class OfflineDetector(nn.Module):
     @property
     def hop(self) -> int:
         """Samples a frame."""
-        return 1 if self.front is None else self.front.hop
+        return self.front.hop if isinstance(self.front, SignalFront) else 1
 
     def silence(self, labels: tuple[int, ...]) -> None:
         """Give classes without training data a bias that keeps them below every threshold."""

@@ -18,8 +18,9 @@ from engine.errors import ConfigError
 from trainer.build import CONFIG, build_detector, describe, hop_of, refuse_trained
 from trainer.config import Config, TrainConfig
 from trainer.data import Corpus, Crop, Sampler, load_corpus, statistics
-from trainer.detector import look_back
+from trainer.detector import Detector, look_back
 from trainer.losses import diou, focal
+from trainer.offline import OfflineDetector
 from trainer.train import Loop, device_of, parameter_groups, processes, total
 
 
@@ -97,8 +98,8 @@ def losses(
     }
 
 
-class OnlineTask:
-    """A `trainer.train.Task`."""
+class CropTask:
+    """What the tasks on random crops of recordings share: data, optimiser, schedule, average, state."""
 
     def __init__(self, config: Config, corpus: Corpus, rank: int = 0, world: int = 1) -> None:
         self.config, self.corpus, self.world = config, corpus, world
@@ -110,13 +111,18 @@ class OnlineTask:
         self.generator = np.random.default_rng([config.seed, rank])
         self.device = device_of(rank)
         hop = hop_of(config, corpus.sample_rate)
-        self.model = build_detector(config, corpus.channels, len(corpus.classes), corpus.sample_rate)
+        self.model = self._build(config, corpus.channels, len(corpus.classes), corpus.sample_rate)
+        assert self.model.front is not None
         self.model.front.normalise_with(*(torch.from_numpy(part) for part in statistics(corpus)))
         self.model.to(self.device)
-        period = self.model.period
+        period = max(1 << (config.model.levels - 1), config.model.chunk)
         frames = round(config.train.crop * corpus.sample_rate / hop)
         self.sampler = Sampler(corpus, config, hop, max(period, -(-frames // period) * period))
         torch.manual_seed(config.seed * 1009 + rank)  # what dropout draws differs between processes
+
+    @staticmethod
+    def _build(config: Config, channels: int, classes: int, sample_rate: float) -> Detector | OfflineDetector:
+        raise NotImplementedError
 
     def optimizer(self) -> torch.optim.Optimizer:
         settings = self.config.train
@@ -129,13 +135,6 @@ class OnlineTask:
 
     def ema(self, step: int) -> float:
         return min(self.config.train.ema, (2 + step) / (11 + step))
-
-    def losses(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        config = self.config.train
-        crops = [self.sampler.draw(self.generator) for _ in range(config.batch // self.world)]
-        samples, mask, targets = batch_of(crops, self.device)
-        parts = losses(model(samples, mask), mask, targets, config, self.sampler.reach, self.world)
-        return torch.stack(list(parts.values())).sum(), parts
 
     def config_text(self) -> str:
         return config_text(self.config)
@@ -155,6 +154,21 @@ class OnlineTask:
             f"{len(corpus.tracks)} recordings, {corpus.seconds / 3600:.1f} h, {len(corpus.classes)} classes; "
             f"{self.config.train.batch} crops of {self.sampler.frames} frames"
         )
+
+
+class OnlineTask(CropTask):
+    """A `trainer.train.Task`: the causal detector."""
+
+    @staticmethod
+    def _build(config: Config, channels: int, classes: int, sample_rate: float) -> Detector:
+        return build_detector(config, channels, classes, sample_rate)
+
+    def losses(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config.train
+        crops = [self.sampler.draw(self.generator) for _ in range(config.batch // self.world)]
+        samples, mask, targets = batch_of(crops, self.device)
+        parts = losses(model(samples, mask), mask, targets, config, self.sampler.reach, self.world)
+        return torch.stack(list(parts.values())).sum(), parts
 
 
 def _plain(state: Any) -> Any:

@@ -6,10 +6,14 @@ What it loses on shuffled recordings says how much of it that was.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import DataError
+from trainer.annotations import Recording, Segment
+from trainer.data import Grid
 
 FloatArray = NDArray[np.float32]
 Segments = NDArray[np.float64]
@@ -115,3 +119,19 @@ def _apart(order: Ints, touching: Bools, generator: np.random.Generator) -> Ints
                 break
         else:
             return order
+
+
+def shuffled_recording(
+    recording: Recording, samples: FloatArray, grid: Grid, seed: int
+) -> tuple[Recording, FloatArray]:
+    """A recording with its activities in random order, and its samples [T, C]; an order for each name."""
+    names = sorted({item.label for item in recording.segments})
+    borders = np.array([(item.start, item.end) for item in recording.segments], np.float64).reshape(-1, 2)
+    labels = np.array([names.index(item.label) for item in recording.segments], np.int64)
+    generator = np.random.default_rng([seed, *recording.name.encode()])
+    joined, segments, order = shuffled(samples, grid.samples(borders), labels, generator)
+    found = tuple(
+        Segment(grid.seconds(start), grid.seconds(end), names[label])
+        for (start, end), label in zip(segments.tolist(), order.tolist(), strict=True)
+    )
+    return replace(recording, segments=found), joined

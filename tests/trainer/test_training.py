@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from engine import DataError, OnnxSession
 from engine.errors import ConfigError
@@ -18,6 +19,7 @@ from trainer.config import Config, read_config
 from trainer.data import Sampler, load_corpus
 from trainer.export import export
 from trainer.losses import diou, focal
+from trainer.offline_signals import train_offline_signals
 from trainer.online_training import OnlineTask, learning_rate
 from trainer.online_training import train_online as train
 from trainer.targets import assign
@@ -150,11 +152,9 @@ def test_a_wrong_key_names_the_right_one(tmp_path: Path) -> None:
 
 
 def test_full_context_is_refused_with_the_way_out(config: Config, tmp_path: Path) -> None:
-    values = config.model_dump(mode="json")
-    values["model"]["context"] = "full"
-    (tmp_path / "full.yaml").write_text(yaml.safe_dump(values))
+    full = config.model_copy(update={"model": config.model.model_copy(update={"context": "full"})})
     with pytest.raises(ConfigError, match="context: causal"):
-        read_config(tmp_path / "full.yaml")
+        train(full, tmp_path / "run")
 
 
 def test_a_checkpoint_that_holds_code_is_not_run(tmp_path: Path) -> None:
@@ -173,3 +173,23 @@ def test_the_shipped_configuration_can_be_read() -> None:
     config = read_config(root / "configs" / "hapt.yaml")
     recorded = json.loads((root / "deploy" / "demo" / "bundle" / "bundle.json").read_text())["training"]
     assert recorded["steps"] == config.train.steps
+
+
+def test_the_same_pyramid_in_full_context_learns_and_is_evaluated(tmp_path: Path) -> None:
+    """Offline on raw signals: what the same model finds when it sees a recording whole."""
+    config = write_data_set(tmp_path, steps=150)
+    config.write_text(config.read_text().replace("model: {", "model: {context: full, "))
+    settings = read_config(config)
+    train_offline_signals(settings, tmp_path / "run")
+    with pytest.raises(ConfigError, match="_causal"):
+        export(tmp_path / "run", tmp_path / "bundle")
+    for shuffle in ([], ["--shuffle", "1"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "onset", "evaluate", str(tmp_path / "run"), "--json", *shuffle],
+            cwd=Path(__file__).resolve().parents[2],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        (scores,) = json.loads(done.stdout).values()
+        assert scores["average_mean_ap"] > 0.5, shuffle

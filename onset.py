@@ -189,7 +189,8 @@ def evaluate(
             json_module.dumps({k: json_module.loads(v.to_json()) for k, v in results.items()}, indent=2)
         )
         return
-    console = Console()
+    # In a pipe there is no width to keep to.
+    console = Console(width=None if sys.stdout.isatty() else 200)
     for title, scores in results.items():
         console.rule(f"{name}, {subset}: {title}")
         console.print(render(scores))

@@ -125,11 +125,13 @@ def choose(annotations: Annotations, data: DataConfig, subset: str) -> list[Reco
     if subset == "holdout":
         chosen = [r for r in annotations.recordings if is_held(r)]
     else:
-        chosen = [r for r in annotations.recordings if r.subset in names and not is_held(r)]
+        wanted = {name.lower() for name in names}
+        chosen = [r for r in annotations.recordings if r.subset.lower() in wanted and not is_held(r)]
     if not chosen:
         known = sorted({r.subset for r in annotations.recordings})
         raise DataError(
-            f"{data.annotations}: no recording belongs to `{subset}`; its subsets are {', '.join(known)}"
+            f"{data.annotations}: no recording belongs to `{subset}` ({', '.join(names)}); its subsets are "
+            f"{', '.join(known)}"
         )
     return chosen
 

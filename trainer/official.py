@@ -5,6 +5,7 @@ Only tensors and plain values are read; nothing is unpickled into code.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from engine.schema import nearest
 from trainer.build import CHECKPOINT, CONFIG, refuse_trained
 from trainer.offline import OfflineDetector
 from trainer.recipe import read_recipe, recipe_text
+
+log = logging.getLogger(__name__)
 
 EMA, PLAIN = "state_dict_ema", "state_dict"
 
@@ -43,6 +46,8 @@ def import_official(config: Path, checkpoint: Path, run: Path, *, ema: bool = Tr
     (run / CONFIG).write_text(recipe_text(detector.recipe), encoding="utf-8")
     content = {"step": 0, "data": {"imported": checkpoint.name}, "model": states, "ema": states}
     torch.save(content, run / CHECKPOINT)
+    if detector.recipe.dataset.json_file is None or not detector.recipe.dataset.feat_folder:
+        log.warning("%s: to evaluate, set `dataset.json_file` and `dataset.feat_folder`", run / CONFIG)
 
 
 def read_official(checkpoint: Path) -> dict[str, dict[str, Tensor]]:

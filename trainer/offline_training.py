@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,7 @@ class OfflineTask:
         batch = recipe.loader.batch_size
         if batch % world:
             raise ConfigError(f"`loader.batch_size` {batch} is not a multiple of {world} processes")
+        data.read(0)  # features that do not fit should say so before anything is written
         self.iterations = len(data) // batch
         if not self.iterations:
             raise DataError(f"{len(data)} recordings for training; expected at least a batch of {batch}")
@@ -199,12 +201,17 @@ class OfflineTask:
             loader = DataLoader(
                 _Draws(self.data, self.recipe),
                 batch_sampler=self._keys(step),
-                num_workers=self.recipe.loader.num_workers,
+                num_workers=min(self.recipe.loader.num_workers, os.cpu_count() or 1),
                 collate_fn=list,
             )
             self._batches = iter(loader)
         self._next = step + 1
-        return next(self._batches)
+        try:
+            return next(self._batches)
+        except (
+            DataError
+        ) as problem:  # a worker's comes with the story of its life; the last line is the error
+            raise DataError(str(problem).strip().rsplit("DataError: ", 1)[-1]) from None
 
     def _keys(self, first: int) -> list[list[tuple[int, int, int]]]:
         seed, size = self.recipe.init_rand_seed, self.recipe.loader.batch_size

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,6 +105,35 @@ def parameter_groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     return [{"params": decayed, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
 
 
+class _Stop:
+    """While it is entered, SIGINT and SIGTERM ask for a stop at the end of the step, once the state is saved.
+
+    A second one stops at once. Several processes would not stop at the same step: there, signals do what
+    they always do. Outside of the main thread there are none.
+    """
+
+    def __init__(self, world: int) -> None:
+        self.asked = False
+        in_main = threading.current_thread() is threading.main_thread()
+        self._signals = (signal.SIGINT, signal.SIGTERM) if world == 1 and in_main else ()
+        self._before: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._before = [signal.signal(number, self._ask) for number in self._signals]
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in zip(self._signals, self._before, strict=False):
+            signal.signal(number, handler)
+        self._before = []
+
+
 class Loop:
     """The state of one run."""
 
@@ -130,7 +161,8 @@ class Loop:
             TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn(),
         )  # fmt: skip
         writer = SummaryWriter(str(self.run)) if self.rank == 0 else None
-        with Progress(*columns, disable=self.rank > 0, console=Console(stderr=True)) as progress:
+        stopping = _Stop(self.world)
+        with stopping, Progress(*columns, disable=self.rank > 0, console=Console(stderr=True)) as progress:
             bar = progress.add_task(task.name, total=task.steps, completed=self.step, loss=0.0)
             while self.step < task.steps:
                 loss, parts = self.advance()
@@ -141,8 +173,11 @@ class Loop:
                         writer.add_scalar(f"train/{name}", value, self.step)
                     progress.update(bar, loss=values["total"])
                 progress.update(bar, completed=self.step)
-                if self.step % task.checkpoint_every == 0 or self.step == task.steps:
+                if self.step % task.checkpoint_every == 0 or self.step == task.steps or stopping.asked:
                     self.save()
+                if stopping.asked and self.step < task.steps:
+                    log.warning("stopped at step %d of %d; --resume goes on", self.step, task.steps)
+                    raise SystemExit(130)
         if writer is not None:
             writer.close()
         return self.run / CHECKPOINT

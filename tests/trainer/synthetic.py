@@ -113,8 +113,8 @@ def sibling(folder: Path, steps: int = 3, **data: object) -> Path:
             "annotations": "annotations.json",
             "recordings": "features",
             "features": {"stride": 8, "covers": 16},
-            "train": ["Validation"],
-            "test": ["Test"],
+            "train": ["validation"],
+            "test": ["test"],
             **data,
         },
         "model": {

@@ -83,6 +83,25 @@ def test_the_causal_sibling_learns_from_the_same_features(tmp_path: Path) -> Non
     assert "action.ended" in events.read_text()
 
 
+def test_features_that_do_not_fit_say_so_before_anything_is_written(tmp_path: Path) -> None:
+    path = write_feature_set(tmp_path)
+    values = yaml.safe_load(path.read_text())
+    values["dataset"]["input_dim"], values["loader"]["num_workers"] = 13, 2
+    path.write_text(yaml.safe_dump(values))
+    done = onset("train", path, "--output", tmp_path / "run")
+    assert done.returncode == 2
+    assert "12 wide" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+    values["dataset"]["input_dim"] = 12
+    path.write_text(yaml.safe_dump(values))
+    np.save(tmp_path / "features" / "video_5.npy", np.zeros((100, 11), np.float32))
+    done = onset("train", path, "--output", tmp_path / "run")
+    assert done.returncode == 2
+    assert "11 wide" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_labels_lie_where_the_features_show_them(tmp_path: Path) -> None:
     write_feature_set(tmp_path)
     config = read_config(sibling(tmp_path))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +88,26 @@ def test_resuming_continues_bit_for_bit(config: Config, tmp_path: Path) -> None:
     for part in ("model", "ema"):
         for name in a[part]:
             assert torch.equal(a[part][name], b[part][name]), name
+
+
+def test_a_signal_saves_and_stops_and_resuming_goes_on(tmp_path: Path) -> None:
+    path = write_data_set(tmp_path, steps=4000)
+    command = [sys.executable, "-m", "onset", "train", str(path), "--output", str(tmp_path / "run")]
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run" / "config.yaml").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1.0)
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "--resume goes on" in said
+    step = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"]
+    assert 0 < step < 4000
+    path.write_text(path.read_text().replace("steps: 4000", f"steps: {step + 2}"))
+    train(read_config(path), tmp_path / "run", resume=True)
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == step + 2
 
 
 def test_a_finished_run_is_not_overwritten(config: Config, tmp_path: Path) -> None:

@@ -386,9 +386,8 @@ def test_stretching_agrees_with_torch(frames: int, length: int) -> None:
     )
     found = stretch(array, length)
     assert found.dtype == np.float32
-    # Without fused multiply-add torch rounds positions twice, and agrees with itself elsewhere no better.
-    fused = torch.backends.cpu.get_cpu_capability() != "DEFAULT"
-    np.testing.assert_allclose(found, expected[0].numpy().T, rtol=0, atol=1e-6 if fused else 5e-5)
+    # How torch rounds a position (in float32, once or twice) changes with the processor and the release.
+    np.testing.assert_allclose(found, expected[0].numpy().T, rtol=0, atol=5e-5)
 
 
 @given(st.integers(1, 60), st.integers(1, 60))

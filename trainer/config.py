@@ -104,6 +104,9 @@ class AugmentConfig(Strict):
         description="chance that a triad, or a channel of no triad, rests at its mean; never all channels",
     )
     splice: Rate = Field(0.5, description="chance that a crop is joined from pieces of several recordings")
+    balance: Rate = Field(
+        0.0, description="chance that a piece is laid over an action, each class as often as every other"
+    )
     drop: Rate = Field(0.1, description="chance that a stretch of a crop is missing, as after a lost message")
 
 

@@ -213,6 +213,12 @@ class Sampler:
         self._mean, self._std, _ = statistics(corpus)
         self._weights = np.array([len(track.samples) for track in corpus.tracks], np.float64)
         self._weights /= self._weights.sum()
+        # The actions of each class that occurs: the number of the recording, start and end in samples.
+        actions: dict[int, list[tuple[int, float, float]]] = {}
+        for number, track in enumerate(corpus.tracks):
+            for (start, end), label in zip(track.segments.tolist(), track.labels.tolist(), strict=True):
+                actions.setdefault(label, []).append((number, start, end))
+        self._actions = [actions[label] for label in sorted(actions)]
 
     def draw(self, generator: np.random.Generator) -> Crop:
         """One crop, and what the causal detector should answer."""
@@ -258,12 +264,23 @@ class Sampler:
 
         Fewer where the recording ends first. With `warp`, a piece passes at a speed of its own.
         """
-        track = self.corpus.tracks[int(generator.choice(len(self.corpus.tracks), p=self._weights))]
+        chosen: tuple[int, float, float] | None = None
+        if self._actions and self.augment.balance and generator.random() < self.augment.balance:
+            group = self._actions[int(generator.integers(len(self._actions)))]
+            chosen = group[int(generator.integers(len(group)))]
+        number = (
+            int(generator.choice(len(self.corpus.tracks), p=self._weights)) if chosen is None else chosen[0]
+        )
+        track = self.corpus.tracks[number]
         speed = 1.0
         if self.augment.warp:
             speed = float(np.clip(np.exp(generator.normal(0, self.augment.warp)), *SPEEDS))
         span = math.ceil(size * speed)
-        begin = int(generator.integers(0, max(1, len(track.samples) - span + 1)))
+        if chosen is None:
+            begin = int(generator.integers(0, max(1, len(track.samples) - span + 1)))
+        else:  # some moment of the action lies anywhere in the piece
+            moment = generator.uniform(chosen[1], chosen[2]) - generator.uniform(0, span)
+            begin = int(np.clip(moment, 0, max(0, len(track.samples) - span)))
         taken = size if begin + span <= len(track.samples) else int((len(track.samples) - begin) / speed)
         near = (track.segments[:, 1] > begin) & (track.segments[:, 0] < begin + taken * speed)
         inside = (track.segments[near] - begin) / speed

@@ -130,13 +130,17 @@ def _difference(what: str, mine: Sequence[Any], theirs: Sequence[Any], tolerance
 
 
 class _Clips:
-    """A feature set of which nothing is read."""
+    """A feature set of clips in memory."""
 
-    def __init__(self, classes: int) -> None:
-        self.classes, self.empty = tuple(f"c{label}" for label in range(classes)), ()
+    def __init__(self, clips: list[Clip], classes: int) -> None:
+        self.clips, self.classes = clips, tuple(f"c{label}" for label in range(classes))
+        self.empty: tuple[int, ...] = ()
 
     def __len__(self) -> int:
-        return 2
+        return len(self.clips)
+
+    def read(self, index: int) -> Clip:
+        return self.clips[index]
 
 
 class _Task(OfflineTask):
@@ -160,14 +164,13 @@ def _clip(frames: int, random: np.random.Generator) -> Clip:
 def _training(peer: Peer, model: Any, recipe: Recipe) -> tuple[list[Row], dict[str, float]]:
     """A step of two clips: forward, backward, clipping, AdamW, averaged weights."""
     random = np.random.default_rng(0)
-    task = _Task(recipe, _Clips(recipe.dataset.num_classes))  # type: ignore[arg-type]
+    batches: dict[str, list[Clip]] = {}
+    for lengths in BATCHES:
+        what = f"training step, {' + '.join(map(str, lengths))} frames"
+        batches[what] = [_clip(frames, random) for frames in lengths]
+    clips = [clip for batch in batches.values() for clip in batch]
+    task = _Task(recipe, _Clips(clips, recipe.dataset.num_classes))  # type: ignore[arg-type]
     fill(task.model, renamed(model.state_dict()), Path("the original's model"))
-    batches = {
-        f"training step, {' + '.join(map(str, lengths))} frames": [
-            _clip(frames, random) for frames in lengths
-        ]
-        for lengths in BATCHES
-    }
     differ: dict[str, float] = {}
     for what, task.clips in batches.items():
         for network in (model, task.model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,3 +213,25 @@ def test_all_channels_at_once_never_drop() -> None:
 def test_impossible_values_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         AugmentConfig.model_validate(values)
+
+
+def test_balance_shows_rare_classes_as_often_as_the_others(tmp_path: Path) -> None:
+    """One recording in ten has class b, for two of its 60 seconds; laid over actions, crops show it."""
+    rng = np.random.default_rng(0)
+    tracks = []
+    for number in range(10):
+        segments, labels = [[100.0, 400.0], [600.0, 1100.0]], [0, 0]
+        if number == 0:
+            segments, labels = [*segments, [1200.0, 1250.0]], [*labels, 1]
+        samples = rng.normal(size=(1500, 2)).astype(np.float32)
+        tracks.append(Track(f"r{number}", samples, np.array(segments), np.array(labels)))
+    corpus = Corpus(tuple(tracks), ("a", "b"), 25.0)
+    seen = {}
+    for balance in (0.0, 0.9):
+        config = read_config(write_data_set(tmp_path, steps=1))
+        augment = config.augment.model_copy(update={"balance": balance, "splice": 0.0})
+        sampler = Sampler(corpus, config.model_copy(update={"augment": augment}), hop=5, frames=40)
+        crops = [sampler.draw(np.random.default_rng(seed)) for seed in range(200)]
+        seen[balance] = np.mean([crop.targets.ongoing[:, 1].any() for crop in crops])
+    assert seen[0.0] < 0.05
+    assert 0.3 < seen[0.9] < 0.6

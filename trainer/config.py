@@ -87,20 +87,27 @@ class ModelConfig(Strict):
 
 
 class AugmentConfig(Strict):
-    """What happens to a training crop of a signal; 0 turns a part off."""
+    """What happens to a training crop of a signal, as another person or placement would; 0 turns a part off.
+
+    The defaults are for sensors that the next person wears otherwise: see `trainer/README.md` for what they
+    are worth. Features of videos want them off.
+    """
 
     noise: float = Field(0.05, ge=0, description="standard deviation, in units of the channel's own")
-    scale: float = Field(0.1, ge=0, description="standard deviation of a gain for each channel")
+    scale: float = Field(0.2, ge=0, description="standard deviation of a gain for each channel")
     shift: float = Field(
-        0.05, ge=0, description="standard deviation of an offset, in units of the channel's own"
+        0.2, ge=0, description="standard deviation of an offset, in units of the channel's own"
     )
-    rotate: float = Field(0.0, ge=0, description="degrees; random rotation of each triad of axes")
-    triads: tuple[tuple[int, int, int], ...] = ()
+    rotate: float = Field(20.0, ge=0, description="degrees; random rotation of each triad of axes")
+    triads: Literal["auto"] | tuple[tuple[int, int, int], ...] = Field(
+        "auto",
+        description="channels that are x, y, z of one sensor; auto: by their names (acc_x, acc_y, acc_z)",
+    )
     warp: float = Field(
-        0.0, ge=0, description="standard deviation of the log of a piece's speed; 0.7 to 1.4 times at most"
+        0.15, ge=0, description="standard deviation of the log of a piece's speed; 0.7 to 1.4 times at most"
     )
     channel_drop: Rate = Field(
-        0.0,
+        0.3,
         description="chance that a triad, or a channel of no triad, rests at its mean; never all channels",
     )
     splice: Rate = Field(0.5, description="chance that a crop is joined from pieces of several recordings")

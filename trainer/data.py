@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,9 @@ FloatArray = NDArray[np.float32]
 SPEEDS = (0.7, 1.4)  # what `augment.warp` keeps to: beyond, one activity may pass for another
 
 log = logging.getLogger(__name__)
+
+# An axis in a channel's name: a letter by itself (acc_x_g, "gyro x"), or the last one (gyrX).
+_AXIS = re.compile(r"(?<![A-Za-z])[xyzXYZ](?![A-Za-z])|[xyzXYZ]$")
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Corpus:
     tracks: tuple[Track, ...]
     classes: tuple[str, ...]
     sample_rate: float
+    names: tuple[str, ...] = ()  # of the channels, where known
 
     @property
     def channels(self) -> int:
@@ -176,7 +181,7 @@ def load_corpus(data: DataConfig, subset: str) -> Corpus:
             f"{len(problems)} problems with the recordings of `{subset}` (`onset data check` tells more):\n"
             f"  {shown}"
         )
-    return Corpus(tuple(tracks), annotations.classes, rate)
+    return Corpus(tuple(tracks), annotations.classes, rate, data.channels or annotations.channels)
 
 
 def statistics(corpus: Corpus) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -209,6 +214,8 @@ class Sampler:
     def __init__(self, corpus: Corpus, config: Config, hop: int, frames: int) -> None:
         self.corpus, self.hop, self.frames = corpus, hop, frames
         self.augment = config.augment
+        if config.augment.triads == "auto":
+            self.augment = config.augment.model_copy(update={"triads": triads_of(corpus.names)})
         self.reach = config.train.reach * corpus.sample_rate / hop
         self._mean, self._std, _ = statistics(corpus)
         self._weights = np.array([len(track.samples) for track in corpus.tracks], np.float64)
@@ -314,7 +321,7 @@ def augment(
     A triad of the configuration that the crop has no channels for raises IndexError.
     """
     if config.rotate:
-        for triad in config.triads:
+        for triad in () if config.triads == "auto" else config.triads:
             axes = list(triad)
             samples[:, axes] = samples[:, axes] @ rotation(config.rotate, generator).astype(np.float32)
     if config.scale:
@@ -326,12 +333,34 @@ def augment(
         spread = config.noise * generator.random()
         samples = samples + spread * std * generator.standard_normal(samples.shape, dtype=np.float32)
     if config.channel_drop and generator.random() < config.channel_drop:
-        groups = channel_groups(samples.shape[1], config.triads)
+        triads = () if config.triads == "auto" else config.triads
+        groups = channel_groups(samples.shape[1], triads)
         if groups:
             # Last, so that nothing of the above disturbs the mean: the detector then sees exact zeros.
             group = groups[int(generator.integers(len(groups)))]
             samples[:, group] = mean[group]
     return samples.astype(np.float32, copy=False)
+
+
+def triads_of(names: tuple[str, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Channels whose names say that they are x, y and z of one sensor: acc_x, acc_y, acc_z, or gyroX, ...
+
+    What stands around the axis, as a unit does (acc_x_g), must be the same for the three, which must follow
+    one another.
+    """
+    found: list[tuple[int, int, int]] = []
+    place = 0
+    while place + 2 < len(names):
+        three = [_AXIS.sub("*", name.strip(), count=1) for name in names[place : place + 3]]
+        axes = [
+            match[0].lower() for name in names[place : place + 3] if (match := _AXIS.search(name.strip()))
+        ]
+        if axes == ["x", "y", "z"] and len(set(three)) == 1:
+            found.append((place, place + 1, place + 2))
+            place += 3
+        else:
+            place += 1
+    return tuple(found)
 
 
 def channel_groups(channels: int, triads: tuple[tuple[int, int, int], ...]) -> list[NDArray[np.int64]]:

@@ -38,6 +38,7 @@ def write_data_set(folder: Path, steps: int, recordings: int = 6) -> Path:
         "name: synthetic\n"
         "data: {annotations: annotations.json, recordings: data}\n"
         "model: {width: 24, stem_width: 16, heads: 2, levels: 4, window: 8, chunk: 2, stem: 1}\n"
+        "augment: {scale: 0.1, shift: 0.05, rotate: 0, warp: 0, channel_drop: 0}\n"
         f"train: {{steps: {steps}, batch: 4, crop: 20, warmup: 10, learning_rate: 0.005, ema: 0.97}}\n"
     )
     return path
@@ -120,7 +121,7 @@ def sibling(folder: Path, steps: int = 3, **data: object) -> Path:
         "model": {
             "front": "features", "chunk": 1, "width": 32, "heads": 2, "levels": 4, "window": 8, "stem": 1,
         },
-        "augment": {"scale": 0, "shift": 0},
+        "augment": {"scale": 0, "shift": 0, "warp": 0, "channel_drop": 0},
         "train": {
             "steps": steps, "batch": 4, "crop": 30, "reach": 2, "learning_rate": 0.005, "warmup": 10,
             "ema": 0.97,

@@ -13,9 +13,20 @@ from pydantic import ValidationError
 
 from tests.trainer.synthetic import write_data_set
 from trainer.config import AugmentConfig, Config, read_config
-from trainer.data import SPEEDS, Corpus, Sampler, Track, augment, channel_groups, load_corpus, resampled
+from trainer.data import (
+    SPEEDS,
+    Corpus,
+    Sampler,
+    Track,
+    augment,
+    channel_groups,
+    load_corpus,
+    resampled,
+    triads_of,
+)
 
 PLAIN: dict[str, object] = {"noise": 0.0, "scale": 0.0, "shift": 0.0, "splice": 0.0, "drop": 0.0}
+PLAIN |= {"rotate": 0.0, "warp": 0.0, "channel_drop": 0.0}
 ROTATED: dict[str, object] = {"rotate": 15.0, "triads": ((0, 1, 2),)}
 
 
@@ -235,3 +246,23 @@ def test_balance_shows_rare_classes_as_often_as_the_others(tmp_path: Path) -> No
         seen[balance] = np.mean([crop.targets.ongoing[:, 1].any() for crop in crops])
     assert seen[0.0] < 0.05
     assert 0.3 < seen[0.9] < 0.6
+
+
+@pytest.mark.parametrize(
+    ("names", "triads"),
+    [
+        (("acc_x", "acc_y", "acc_z", "gyro_x", "gyro_y", "gyro_z"), ((0, 1, 2), (3, 4, 5))),
+        (
+            ("acc1_x", "acc1_y", "acc1_z", "gyr1_x", "gyr1_y", "acc2_x", "acc2_y", "acc2_z"),
+            ((0, 1, 2), (5, 6, 7)),
+        ),
+        (("acc_x_g", "acc_y_g", "acc_z_g", "temperature"), ((0, 1, 2),)),
+        (("AccX", "AccY", "AccZ", "heart rate"), ((0, 1, 2),)),
+        (("time", "x", "y", "z"), ((1, 2, 3),)),
+        (("lead0_mV", "lead1_mV"), ()),
+        (("left_x", "right_y", "left_z"), ()),
+        ((), ()),
+    ],
+)
+def test_triads_are_known_by_their_names(names: tuple[str, ...], triads: tuple[tuple[int, ...], ...]) -> None:
+    assert triads_of(names) == triads

@@ -53,7 +53,7 @@ def build_detector(config: Config, channels: int, classes: int, sample_rate: flo
     return Detector(DetectorShape(channels, classes, pyramid, hop, model.stem_width))
 
 
-def recipe_of(config: Config, channels: int, classes: int) -> Recipe:
+def recipe_of(config: Config, classes: int) -> Recipe:
     """The recipe of the same pyramid in full context: windows to both sides, ActionFormer's heads.
 
     Ranges of regression double from level to level, as officially; a level's own is about its stride.
@@ -98,7 +98,7 @@ def build_offline(config: Config, channels: int, classes: int, sample_rate: floa
         front = SignalFront(channels, hop_of(config, sample_rate), model.width, model.stem_width)
     else:
         front = FeatureFront(channels, model.width)
-    return OfflineDetector(recipe_of(config, channels, classes), front, model.expansion)
+    return OfflineDetector(recipe_of(config, classes), front, model.expansion)
 
 
 def describe(corpus: Corpus) -> dict[str, Any]:

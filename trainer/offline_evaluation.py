@@ -12,7 +12,7 @@ from engine.errors import ConfigError, DataError
 from trainer import fusion
 from trainer.features import FeatureSet
 from trainer.offline import OfflineDetector
-from trainer.predictions import Detection, Predictions, Start
+from trainer.predictions import Detection, Predictions, detections, of_segments
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +54,5 @@ def detect_all(detector: OfflineDetector, data: FeatureSet) -> Predictions:
                 f"`{clip.name}`: class {int(labels.max())} has no name, the annotations have "
                 f"{len(data.classes)}; do the external scores belong to them?"
             )
-        found[clip.name] = tuple(
-            Detection(start=start, end=end, label=data.classes[label], score=score)
-            for (start, end), label, score in zip(
-                segments.tolist(), labels.tolist(), values.tolist(), strict=True
-            )
-        )
-    starts = {
-        name: tuple(Start(time=item.start, label=item.label, score=item.score) for item in items)
-        for name, items in found.items()
-    }
-    return Predictions(segments=found, starts=starts)
+        found[clip.name] = detections(segments, values, labels, data.classes)
+    return of_segments(found)

@@ -21,9 +21,9 @@ from trainer.build import build_offline, refuse_trained
 from trainer.config import Config
 from trainer.data import Corpus, FloatArray, Grid, load_corpus
 from trainer.offline import OfflineDetector
-from trainer.offline_training import losses, targets
+from trainer.offline_training import judge
 from trainer.online_training import CropTask
-from trainer.predictions import Detection, Predictions, Start
+from trainer.predictions import Detection, Predictions, detections, of_segments
 from trainer.recipe import Recipe
 from trainer.train import Loop, processes
 
@@ -44,12 +44,8 @@ class OfflineSignalTask(CropTask):
     """A `trainer.train.Task`."""
 
     def __init__(self, config: Config, corpus: Corpus, rank: int = 0, world: int = 1) -> None:
-        super().__init__(config, corpus, rank, world)
+        super().__init__(config, corpus, build_offline, rank, world)
         self.normaliser = self.recipe.train_cfg.init_loss_norm
-
-    @staticmethod
-    def _build(config: Config, channels: int, classes: int, sample_rate: float) -> OfflineDetector:
-        return build_offline(config, channels, classes, sample_rate)
 
     @property
     def recipe(self) -> Recipe:
@@ -63,16 +59,7 @@ class OfflineSignalTask(CropTask):
         samples = torch.from_numpy(np.stack([crop[0] for crop in crops])).to(self.device)
         levels = model(samples, [self.sampler.frames] * len(crops))
         truth = [_visible(segments, labels, self.sampler.frames) for _, _, segments, labels in crops]
-        recipe = self.recipe
-        wanted, distances = targets(levels, truth, recipe.model, recipe.train_cfg, recipe.dataset.num_classes)
-        loss, parts, self.normaliser = losses(
-            levels,
-            wanted.to(self.device),
-            distances.to(self.device),
-            recipe.train_cfg,
-            self.normaliser,
-            self.world,
-        )
+        loss, parts, self.normaliser = judge(levels, truth, self.recipe, self.normaliser, self.world)
         return loss, parts
 
     def state(self) -> dict[str, Any]:
@@ -106,14 +93,5 @@ def detect_recordings(
             num_frames=detector.hop + 2 * grid.shift,
             duration=grid.seconds(len(samples)),
         )
-        found[name] = tuple(
-            Detection(start=start, end=end, label=classes[label], score=score)
-            for (start, end), label, score in zip(
-                segments.tolist(), labels.tolist(), scores.tolist(), strict=True
-            )
-        )
-    starts = {
-        name: tuple(Start(time=item.start, label=item.label, score=item.score) for item in items)
-        for name, items in found.items()
-    }
-    return Predictions(segments=found, starts=starts)
+        found[name] = detections(segments.numpy(), scores.numpy(), labels.numpy(), classes)
+    return of_segments(found)

@@ -117,6 +117,16 @@ def losses(
     return world * parts["final_loss"], parts, normaliser
 
 
+def judge(
+    levels: list[Level], clips: list[tuple[Tensor, Tensor]], recipe: Recipe, normaliser: float, world: int
+) -> tuple[Tensor, dict[str, Tensor], float]:
+    """`losses` of what the levels say about `clips` (`targets`)."""
+    device = levels[0].mask.device
+    wanted, distances = targets(levels, clips, recipe.model, recipe.train_cfg, recipe.dataset.num_classes)
+    train = recipe.train_cfg
+    return losses(levels, wanted.to(device), distances.to(device), train, normaliser, world)
+
+
 class _Draws(Dataset[Clip]):
     """Clips of a feature set, cut as the key (seed, epoch, index) says."""
 
@@ -183,16 +193,7 @@ class OfflineTask:
             row[: len(clip.features)] = torch.from_numpy(clip.features)
         levels = model(frames.to(self.device), lengths)
         truth = [(torch.from_numpy(clip.segments), torch.from_numpy(clip.labels)) for clip in clips]
-        recipe = self.recipe
-        wanted, distances = targets(levels, truth, recipe.model, recipe.train_cfg, recipe.dataset.num_classes)
-        loss, parts, self.normaliser = losses(
-            levels,
-            wanted.to(self.device),
-            distances.to(self.device),
-            recipe.train_cfg,
-            self.normaliser,
-            self.world,
-        )
+        loss, parts, self.normaliser = judge(levels, truth, self.recipe, self.normaliser, self.world)
         return loss, parts
 
     def _batch(self, step: int) -> list[Clip]:

@@ -4,6 +4,7 @@ a batch. Under `torchrun` each process draws its own crops of the batch."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,14 @@ def losses(
     }
 
 
+# A configuration, channels, classes and the sampling rate in Hz -> a model with fresh weights.
+Build = Callable[[Config, int, int, float], Detector | OfflineDetector]
+
+
 class CropTask:
     """What the tasks on random crops of recordings share: data, optimiser, schedule, average, state."""
 
-    def __init__(self, config: Config, corpus: Corpus, rank: int = 0, world: int = 1) -> None:
+    def __init__(self, config: Config, corpus: Corpus, build: Build, rank: int, world: int) -> None:
         self.config, self.corpus, self.world = config, corpus, world
         self.name, self.steps, self.clip = config.name, config.train.steps, config.train.clip
         self.checkpoint_every = config.train.checkpoint_every
@@ -111,7 +116,7 @@ class CropTask:
         self.generator = np.random.default_rng([config.seed, rank])
         self.device = device_of(rank)
         hop = hop_of(config, corpus.sample_rate)
-        self.model = self._build(config, corpus.channels, len(corpus.classes), corpus.sample_rate)
+        self.model = build(config, corpus.channels, len(corpus.classes), corpus.sample_rate)
         assert self.model.front is not None
         self.model.front.normalise_with(*(torch.from_numpy(part) for part in statistics(corpus)))
         self.model.to(self.device)
@@ -119,10 +124,6 @@ class CropTask:
         frames = round(config.train.crop * corpus.sample_rate / hop)
         self.sampler = Sampler(corpus, config, hop, max(period, -(-frames // period) * period))
         torch.manual_seed(config.seed * 1009 + rank)  # what dropout draws differs between processes
-
-    @staticmethod
-    def _build(config: Config, channels: int, classes: int, sample_rate: float) -> Detector | OfflineDetector:
-        raise NotImplementedError
 
     def optimizer(self) -> torch.optim.Optimizer:
         settings = self.config.train
@@ -159,9 +160,8 @@ class CropTask:
 class OnlineTask(CropTask):
     """A `trainer.train.Task`: the causal detector."""
 
-    @staticmethod
-    def _build(config: Config, channels: int, classes: int, sample_rate: float) -> Detector:
-        return build_detector(config, channels, classes, sample_rate)
+    def __init__(self, config: Config, corpus: Corpus, rank: int = 0, world: int = 1) -> None:
+        super().__init__(config, corpus, build_detector, rank, world)
 
     def losses(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config.train

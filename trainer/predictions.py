@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -155,6 +155,26 @@ def retimed(predictions: Predictions, clocks: Mapping[str, Callable[[float], flo
     )
 
 
+def of_segments(segments: Mapping[str, tuple[Detection, ...]]) -> Predictions:
+    """Segments alone: each also announces its start, with its own score."""
+    starts = {
+        name: tuple(Start(time=item.start, label=item.label, score=item.score) for item in found)
+        for name, found in segments.items()
+    }
+    return Predictions(segments=segments, starts=starts)
+
+
+def detections(
+    segments: NDArray[np.floating],
+    scores: NDArray[np.floating],
+    labels: NDArray[np.int64],
+    classes: Sequence[str],
+) -> tuple[Detection, ...]:
+    """Arrays [N, 2] in seconds, [N] and [N] with the classes' names."""
+    rows = zip(segments.tolist(), scores.tolist(), labels.tolist(), strict=True)
+    return tuple(Detection(start, end, classes[label], score) for (start, end), score, label in rows)
+
+
 def write_results(path: Path, predictions: Predictions) -> None:
     """Write segments as ActivityNet results, which `read_predictions` and the official evaluators read."""
     results = {
@@ -237,11 +257,7 @@ def _from_results(path: Path) -> Predictions:
             _detection(item, f"{path}: recording `{name}`, detection {number}")
             for number, item in enumerate(items)
         )
-    starts = {
-        name: tuple(Start(time=item.start, label=item.label, score=item.score) for item in found)
-        for name, found in segments.items()
-    }
-    return Predictions(segments=segments, starts=starts)
+    return of_segments(segments)
 
 
 def _detection(item: Any, where: str) -> Detection:

@@ -10,6 +10,7 @@ import torch
 
 from engine.errors import ConfigError, DataError
 from engine.schema import load_yaml
+from trainer.beats import BeatFront
 from trainer.config import Config, read_config
 from trainer.data import Corpus
 from trainer.detector import Detector, DetectorShape
@@ -49,8 +50,18 @@ def build_detector(config: Config, channels: int, classes: int, sample_rate: flo
         dropout=model.dropout,
         drop_path=model.drop_path,
     )
-    hop = hop_of(config, sample_rate) if model.front == "signal" else 0
-    return Detector(DetectorShape(channels, classes, pyramid, hop, model.stem_width))
+    hop = 0 if model.front == "features" else hop_of(config, sample_rate)
+    return Detector(
+        DetectorShape(
+            channels,
+            classes,
+            pyramid,
+            hop,
+            model.stem_width,
+            beats=model.beats if model.front == "beats" else 0,
+            sample_rate=sample_rate,
+        )
+    )
 
 
 def recipe_of(config: Config, classes: int) -> Recipe:
@@ -93,9 +104,12 @@ def recipe_of(config: Config, classes: int) -> Recipe:
 def build_offline(config: Config, channels: int, classes: int, sample_rate: float) -> OfflineDetector:
     """A detector in full context with the front and the sizes of a configuration, fresh weights."""
     model = config.model
-    front: SignalFront | FeatureFront
+    front: SignalFront | FeatureFront | BeatFront
+    hop = hop_of(config, sample_rate)
     if model.front == "signal":
-        front = SignalFront(channels, hop_of(config, sample_rate), model.width, model.stem_width)
+        front = SignalFront(channels, hop, model.width, model.stem_width)
+    elif model.front == "beats":
+        front = BeatFront(channels, hop, model.width, model.beats, sample_rate)
     else:
         front = FeatureFront(channels, model.width)
     return OfflineDetector(recipe_of(config, classes), front, model.expansion)

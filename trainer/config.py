@@ -57,12 +57,17 @@ class ModelConfig(Strict):
         "causal",
         description="full: the same pyramid, which sees each recording whole, with ActionFormer's heads",
     )
-    front: Literal["signal", "features"] = "signal"
+    front: Literal["signal", "features", "beats"] = Field(
+        "signal", description="beats: intervals of a nearly periodic signal (ECG, pulse), for its rhythm"
+    )
     frame_rate: float = Field(5.0, gt=0, description="frames a second aimed at; decides the hop of a signal")
     hop: Positive | None = Field(None, description="samples a frame; default: sample_rate / frame_rate")
     chunk: Positive = 2
     width: Positive = 96
     stem_width: Positive = 48
+    beats: int = Field(
+        16, ge=1, le=64, description="`front: beats`: how many of the last each frame is told of"
+    )
     heads: Positive = 4
     levels: Positive = 6
     window: Positive = 16
@@ -82,7 +87,7 @@ class ModelConfig(Strict):
         if self.width % self.heads:
             raise ValueError(f"`width` {self.width} is not a multiple of `heads` {self.heads}")
         if self.front == "features" and self.hop not in (None, 1):
-            raise ValueError("`hop` belongs to `front: signal`; a feature stream has one vector a frame")
+            raise ValueError("`hop` belongs to samples; a feature stream has one vector a frame")
         return self
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from trainer.beats import BeatFront
 from trainer.blocks import Conv, Reach
 from trainer.front import FeatureFront, SignalFront
 from trainer.memory import Memory
@@ -32,7 +33,11 @@ OUTPUTS = ("ongoing", "start", "start_offset", "end", "end_offsets")
 
 @dataclass(frozen=True)
 class DetectorShape:
-    """Everything that decides the weights' shapes. `hop` 0 stands for a feature front."""
+    """Everything that decides the weights' shapes.
+
+    `hop` 0 stands for a feature front; `beats` above 0 for one that sees so many beats of a signal of
+    `sample_rate` Hz.
+    """
 
     channels: int
     classes: int
@@ -41,6 +46,8 @@ class DetectorShape:
     stem_width: int = 32
     head_width: int = 0
     prior: float = 0.01
+    beats: int = 0
+    sample_rate: float = 0.0
 
 
 class Fusion(nn.Module):
@@ -101,8 +108,10 @@ class Detector(nn.Module):
         self.shape = shape
         pyramid = shape.pyramid
         width, hidden = pyramid.width, shape.head_width or pyramid.width
-        self.front: SignalFront | FeatureFront
-        if shape.hop:
+        self.front: SignalFront | FeatureFront | BeatFront
+        if shape.beats:
+            self.front = BeatFront(shape.channels, shape.hop, width, shape.beats, shape.sample_rate)
+        elif shape.hop:
             self.front = SignalFront(shape.channels, shape.hop, width, shape.stem_width)
         else:
             self.front = FeatureFront(shape.channels, width)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from engine.errors import BundleError
 from engine.manifest import Decoding, Frame, Manifest, Training, write_bundle
 from engine.manifest import Tensor as TensorSpec
+from trainer.beats import BeatFront
 from trainer.build import load_run
 from trainer.config import Config
 from trainer.detector import OUTPUTS, Detector
@@ -63,6 +64,8 @@ def receptive_field(detector: Detector) -> int:
     """
     shape = detector.shape.pyramid
     total = 1 + 2 * shape.embed + 2  # the front's last stage reaches one frame back, the heads two
+    if isinstance(detector.front, BeatFront):
+        total += -(-detector.front.reach // detector.hop)
     for level in range(shape.levels):
         blocks = shape.stem if level == 0 else 1
         total += blocks * (shape.window + 2 + 2) << level

@@ -1,9 +1,8 @@
 """Fronts: from what arrives to the frames of the pyramid, [B, N, width]. Causal in both contexts.
 
 `SignalFront` takes raw samples: normalisation with the training set's statistics, the first differences
-beside
-the samples (so that level and change are both seen), and strided convolutions down to the frame rate.
-`FeatureFront` takes feature vectors as they are.
+beside the samples (so that level and change are both seen), and strided convolutions down to the frame rate.
+`FeatureFront` takes feature vectors as they are; `trainer.beats` has a third.
 """
 
 from __future__ import annotations
@@ -50,6 +49,16 @@ class StridedConv(nn.Module):
         return F.gelu(self.norm(self.conv(x, mask, reach))) * mask
 
 
+def differences(x: Tensor, present: Tensor, past: Reach) -> Tensor:
+    """x[t] - x[t - 1], [B, T, C]; 0 where either is missing, since a difference to nothing says nothing.
+
+    `present` [B, T, 1] is 1 where there is a sample.
+    """
+    assert past.memory is not None
+    before = past.memory.extend("front.sample", torch.cat([x, present], dim=-1), 1)[:, :-1]
+    return (x - before[..., :-1]) * present * before[..., -1:]
+
+
 class SignalFront(nn.Module):
     """Raw samples [B, N * hop, C] and a mask of frames [B, N, 1] -> frames [B, N, width]."""
 
@@ -59,7 +68,7 @@ class SignalFront(nn.Module):
 
     def __init__(self, channels: int, hop: int, width: int, stem_width: int) -> None:
         super().__init__()
-        self.hop = hop
+        self.channels, self.hop = channels, hop
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(channels))
         self.register_buffer("step_scale", torch.ones(channels))
@@ -83,12 +92,7 @@ class SignalFront(nn.Module):
         present = mask.repeat_interleave(self.hop, dim=1) if self.hop > 1 else mask
         x = (samples - self.mean) * present
         past = Reach(reach.memory, 1)
-        if past.memory is not None:
-            before = past.memory.extend("front.sample", torch.cat([x, present], dim=-1), 1)[:, :-1]
-        else:
-            before = F.pad(torch.cat([x, present], dim=-1), (0, 0, 1, 0))[:, :-1]
-        # A difference to a sample that is missing says nothing.
-        step = (x - before[..., :-1]) * present * before[..., -1:]
+        step = differences(x, present, past)
         x = torch.cat([x * self.scale, step * self.step_scale], dim=-1)
         length = x.shape[1]
         for stage, stride in zip(self.stages, self.strides, strict=True):
@@ -106,6 +110,7 @@ class FeatureFront(nn.Module):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
+        self.channels, self.hop = channels, 1
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(channels))
         self.project = nn.Linear(channels, width)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.errors import DataError
+from trainer.beats import BeatFront
 from trainer.blocks import Block, Conv, DepthwiseConv, Reach
 from trainer.front import FeatureFront, SignalFront
 from trainer.memory import Memory
@@ -226,7 +227,7 @@ class OfflineDetector(nn.Module):
     """
 
     def __init__(
-        self, recipe: Recipe, front: SignalFront | FeatureFront | None = None, expansion: int = 4
+        self, recipe: Recipe, front: SignalFront | FeatureFront | BeatFront | None = None, expansion: int = 4
     ) -> None:
         super().__init__()
         self.recipe, self.front = recipe, front
@@ -243,7 +244,7 @@ class OfflineDetector(nn.Module):
     @property
     def hop(self) -> int:
         """Samples a frame."""
-        return self.front.hop if isinstance(self.front, SignalFront) else 1
+        return 1 if self.front is None else self.front.hop
 
     def silence(self, labels: tuple[int, ...]) -> None:
         """Give classes without training data a bias that keeps them below every threshold."""
@@ -280,7 +281,7 @@ class OfflineDetector(nn.Module):
         """`frames` as a tensor of the model's type, on its device. Raises DataError for a wrong shape."""
         array = frames if isinstance(frames, Tensor) else torch.from_numpy(np.array(frames, np.float64))
         x = array.to(self.scale)
-        width = sum(self.recipe.dataset.inputs) if self.front is None else len(self.front.mean)
+        width = sum(self.recipe.dataset.inputs) if self.front is None else self.front.channels
         if x.ndim != rank or x.shape[-1] != width or 0 in x.shape:
             turned = "; transpose them" if x.ndim == rank and x.shape[-2] == width else ""
             expected = ["B", "T", str(width)][3 - rank :]

@@ -270,7 +270,7 @@ def _rendered(scores: Scores) -> Iterable[Table | Text]:
     rest.add_row(
         "start p-mAP",
         ", ".join(
-            f"{_percent(value)} at {offset:g} s" for offset, value in offsets.items() if offset in (1, 5, 10)
+            f"{_percent(value)} at {offset:g} s" for offset, value in offsets.items() if offset in (1, 2, 5)
         ),
     )
     if scores.frame_mean_ap is not None:

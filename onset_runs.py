@@ -169,7 +169,7 @@ def _online(run: Path, subset: str, tiou: str, min_score: float, shuffle: int | 
     with _online_run(run, rate, data, items) as online:
         defaults = online.manifest.decoding
         everything = defaults.model_copy(update={"start_threshold": min_score, "end_threshold": min_score})
-        frames = _frames(detector, items, data, rate, annotations.classes)
+        frames = _frames(detector, items, data, rate, annotations.classes, config.model.lookahead)
         for title, decoding in (("everything committed", everything), ("default thresholds", defaults)):
             found = online.detect(decoding)
             for name in names:
@@ -179,12 +179,17 @@ def _online(run: Path, subset: str, tiou: str, min_score: float, shuffle: int | 
 
 
 def _frames(
-    detector: Detector, items: Sequence[_Item], data: DataConfig, rate: float, classes: Sequence[str]
+    detector: Detector,
+    items: Sequence[_Item],
+    data: DataConfig,
+    rate: float,
+    classes: Sequence[str],
+    lookahead: int,
 ) -> FrameScores | None:
     """Frame scores of raw signals; None where frames are not spread over each recording at one rate."""
     if any(grid_of(item.truth, data) != Grid(rate) for item in items):
         return None
-    scores = {item.truth.name: frame_scores(detector, item.read()) for item in items}
+    scores = {item.truth.name: frame_scores(detector, item.read(), lookahead) for item in items}
     return FrameScores(scores, rate / detector.hop, tuple(classes))
 
 

@@ -94,6 +94,9 @@ class Manifest(Strict):
     classes: tuple[str, ...] = Field(min_length=1)
     frame: Frame
     chunk: Positive = Field(description="frames that one step takes; a power of two")
+    lookahead: int = Field(
+        0, ge=0, le=1024, description="frames by which `ongoing` is later than what it tells of"
+    )
     levels: Positive
     window: Positive = Field(description="tokens back that attention reaches, on each level")
     receptive_field: Positive = Field(description="frames; a fresh state fed these equals the old one")

@@ -63,6 +63,7 @@ class Tracker:
         self._manifest, self._stream, self._epoch, self._origin = manifest, stream, epoch, first_sample
         self._decoding = decoding or manifest.decoding
         self._rate, self._hop = manifest.frame.sample_rate, manifest.frame.hop
+        self._ahead = manifest.lookahead * self._hop
         self._start_threshold = max(self._decoding.start_threshold, self._decoding.gate)
         self._end_threshold = max(self._decoding.end_threshold, self._decoding.gate)
         self._hold = round(self._decoding.hold * self._rate)
@@ -71,10 +72,17 @@ class Tracker:
         self._open: dict[int, _Open] = {}
         self._starts: dict[int, _Candidate] = {}
         self._ends: dict[int, _Candidate] = {}
-        self._emitted = [Emitted(2 * self._longest + 4 * self._hold + self._hop) for _ in classes]
+        self._emitted = [
+            Emitted(2 * self._longest + 4 * self._hold + self._hop + self._ahead) for _ in classes
+        ]
         self._border = [first_sample - 1 for _ in classes]  # a start up to here is no news
+        # What is said of a frame comes `lookahead` frames after it: the first answers are about frames before
+        # the stream's first.
         self._history = History(
-            self._longest // self._hop + 1, len(manifest.classes), first_sample, self._hop
+            (self._longest + self._ahead) // self._hop + 1,
+            len(manifest.classes),
+            first_sample - self._ahead,
+            self._hop,
         )
         self._patience = 2 * self._hold + self._hop
 
@@ -135,8 +143,9 @@ class Tracker:
     def _advance(self, label: int, frame: int, moments: Moments, stamp: _Stamp, events: list[Event]) -> None:
         now, ongoing = int(moments.now[frame]), float(moments.ongoing[frame, label])
         action = self._open.get(label)
+        heard = now - self._ahead  # up to when it is known what was going on
         if action is not None and ongoing >= GOING_ON:
-            action.last_seen = now
+            action.last_seen = heard
 
         # An end is believed as far as the class is not going on now and was going on in between.
         at = int(moments.end_at[frame])
@@ -163,7 +172,7 @@ class Tracker:
 
         action = self._open.get(label)
         if action is not None and label not in self._ends:
-            quiet = now - max(action.last_seen, action.start)
+            quiet = heard - max(action.last_seen, action.start)
             if quiet > self._patience or now - action.start >= self._longest:
                 self._close(label, min(max(action.last_seen, action.start + 1), now), None, stamp, events)
 
@@ -200,7 +209,7 @@ class Tracker:
     def _announce(self, label: int, start: int, score: float, stamp: _Stamp, events: list[Event]) -> None:
         name = self._manifest.classes[label]
         identity = instance_id(self._stream, self._epoch, self._manifest.id, name, start)
-        self._open[label] = _Open(identity, start, score, last_seen=stamp.sample(self._rate))
+        self._open[label] = _Open(identity, start, score, last_seen=stamp.sample(self._rate) - self._ahead)
         self._starts.pop(label, None)
         events.append(self._event("action.started", label, identity, stamp, start=start, score=score))
 

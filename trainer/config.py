@@ -63,6 +63,12 @@ class ModelConfig(Strict):
     frame_rate: float = Field(5.0, gt=0, description="frames a second aimed at; decides the hop of a signal")
     hop: Positive | None = Field(None, description="samples a frame; default: sample_rate / frame_rate")
     chunk: Positive = 2
+    lookahead: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="frames to wait for before a frame is answered: later, and surer by what they show",
+    )
     width: Positive = 96
     stem_width: Positive = 48
     beats: int = Field(
@@ -83,6 +89,10 @@ class ModelConfig(Strict):
         if self.chunk & (self.chunk - 1):
             raise ValueError(
                 f"`chunk` is {self.chunk}, expected a power of two, so that strides align with it"
+            )
+        if self.context == "full" and self.lookahead:
+            raise ValueError(
+                "`lookahead` belongs to `context: causal`; in full context the future is seen whole"
             )
         if self.width % self.heads:
             raise ValueError(f"`width` {self.width} is not a multiple of `heads` {self.heads}")

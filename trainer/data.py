@@ -213,7 +213,7 @@ class Sampler:
 
     def __init__(self, corpus: Corpus, config: Config, hop: int, frames: int) -> None:
         self.corpus, self.hop, self.frames = corpus, hop, frames
-        self.augment = config.augment
+        self.augment, self.lookahead = config.augment, config.model.lookahead
         if config.augment.triads == "auto":
             self.augment = config.augment.model_copy(update={"triads": triads_of(corpus.names)})
         self.reach = config.train.reach * corpus.sample_rate / hop
@@ -230,7 +230,7 @@ class Sampler:
     def draw(self, generator: np.random.Generator) -> Crop:
         """One crop, and what the causal detector should answer."""
         samples, mask, segments, labels = self.cut(generator)
-        targets = assign(segments, labels, self.frames, len(self.corpus.classes), self.reach)
+        targets = assign(segments, labels, self.frames, len(self.corpus.classes), self.reach, self.lookahead)
         return Crop(samples, mask, targets)
 
     def cut(

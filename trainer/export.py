@@ -117,6 +117,7 @@ def manifest_of(
     frame: Frame,
     decoding: Decoding,
     training: Training,
+    lookahead: int = 0,
 ) -> Manifest:
     """The manifest of a detector's step graph."""
     chunk, count = detector.shape.pyramid.chunk, detector.shape.classes
@@ -126,6 +127,7 @@ def manifest_of(
         classes=classes,
         frame=frame,
         chunk=chunk,
+        lookahead=lookahead,
         levels=detector.shape.pyramid.levels,
         window=detector.shape.pyramid.window,
         receptive_field=receptive_field(detector),
@@ -177,6 +179,7 @@ def export(run: Path, output: Path, scores: dict[str, float] | None = None) -> M
             made_with={"python": platform.python_version(), "torch": torch.__version__},
             notice=config.data.notice,
         ),
+        lookahead=config.model.lookahead,
     )
     write_bundle(output, manifest, graph)
     return manifest

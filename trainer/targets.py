@@ -1,6 +1,7 @@
 """Label assignment: what each frame should answer, from the segments of its recording.
 
-Frame t covers [t, t + 1) in frames; what it may know ends at t + 1, and offsets look back from there.
+Frame t covers [t, t + 1) in frames; what it may know ends at t + 1, and offsets look back from there. With a
+look-ahead of L, what it is asked about ends at t + 1 - L: the frames since then are the future that it saw.
 """
 
 from __future__ import annotations
@@ -27,33 +28,37 @@ class Targets:
 
 
 def assign(
-    segments: NDArray[np.float64], labels: NDArray[np.int64], frames: int, classes: int, reach: float
+    segments: NDArray[np.float64],
+    labels: NDArray[np.int64],
+    frames: int,
+    classes: int,
+    reach: float,
+    lookahead: int = 0,
 ) -> Targets:
     """`segments` [n, 2] in frames of the crop (they may stick out of it), `labels` [n].
 
-    A frame is positive for a start (an end) of class c from the moment it happened until `reach` frames
-    later. Where several apply, the offsets are those of the latest. The pair of an end whose start lies
-    before the crop is not asked for: the model cannot have seen it.
+    A frame is positive for a start (an end) of class c from the moment it happened, and `lookahead` frames
+    have passed, until `reach` frames later. Where several apply, the offsets are those of the latest. The
+    pair of an end whose start lies before the crop is not asked for: the model cannot have seen it.
     """
     ongoing = np.zeros((frames, classes), np.float32)
     start, end = np.zeros_like(ongoing), np.zeros_like(ongoing)
     start_offset, start_mask = np.zeros(frames, np.float32), np.zeros(frames, np.float32)
     end_offsets, end_mask = np.zeros((frames, 2), np.float32), np.zeros(frames, np.float32)
     now = np.arange(1, frames + 1, dtype=np.float64)
+    asked = now - lookahead
     for (begin, finish), label in sorted(
         zip(segments.tolist(), labels.tolist(), strict=True), key=lambda item: item[0]
     ):
-        ongoing[(now - 0.5 >= begin) & (now - 0.5 < finish), label] = 1.0
-        since = now - begin
-        recent = (since >= 0) & (since < reach)
+        ongoing[(asked - 0.5 >= begin) & (asked - 0.5 < finish), label] = 1.0
+        recent = (asked >= begin) & (asked - begin < reach)
         start[recent, label] = 1.0
-        start_offset[recent], start_mask[recent] = since[recent], 1.0
+        start_offset[recent], start_mask[recent] = (now - begin)[recent], 1.0
     for (begin, finish), label in sorted(
         zip(segments.tolist(), labels.tolist(), strict=True), key=lambda item: item[0][1]
     ):
-        since = now - finish
-        recent = (since >= 0) & (since < reach)
+        recent = (asked >= finish) & (asked - finish < reach)
         end[recent, label] = 1.0
-        end_offsets[recent] = np.stack([now[recent] - begin, since[recent]], axis=1)
+        end_offsets[recent] = np.stack([now - begin, now - finish], axis=1)[recent]
         end_mask[recent] = float(begin >= 0)
     return Targets(ongoing, start, start_offset, start_mask, end, end_offsets, end_mask)

@@ -79,11 +79,13 @@ def manifest(tiny_bundle: Path) -> Manifest:
 @given(
     seed=st.integers(0, 2**31), spread=st.sampled_from([0.5, 1.5, 4.0]),
     calm=st.sampled_from([0.0, 0.8, 0.98]), decoding=decodings,
-    abort=st.booleans(), origin=st.sampled_from([0, 12345]),
+    abort=st.booleans(), origin=st.sampled_from([0, 12345]), lookahead=st.sampled_from([0, 7]),
 )  # fmt: skip
 def test_events_keep_their_promises(
-    manifest: Manifest, seed: int, spread: float, calm: float, decoding: Decoding, abort: bool, origin: int
-) -> None:
+    manifest: Manifest, seed: int, spread: float, calm: float, decoding: Decoding, abort: bool, origin: int,
+    lookahead: int,
+) -> None:  # fmt: skip
+    manifest = manifest.model_copy(update={"lookahead": lookahead})
     events = events_of(manifest, outputs_of(seed, 200, spread, calm), decoding, abort, origin)
     stories: dict[str, list[Event]] = defaultdict(list)
     for event in events:
@@ -123,9 +125,11 @@ def test_random_outputs_do_make_events(manifest: Manifest) -> None:
     assert min(kinds.count(kind) for kind in ("action.started", "action.ended", "action.aborted")) > 3
 
 
-def test_a_clear_action_is_reported_once_and_soon(manifest: Manifest) -> None:
-    """Class b from frame 30 to 80; each head says so for ten frames afterwards."""
+@pytest.mark.parametrize("lookahead", [0, 6])
+def test_a_clear_action_is_reported_once_and_soon(manifest: Manifest, lookahead: int) -> None:
+    """Class b from frame 30 to 80; each head says so for ten frames afterwards, `lookahead` frames later."""
     frames = 140
+    manifest = manifest.model_copy(update={"lookahead": lookahead})
     outputs = {
         "ongoing": np.full((frames, 3), -6, np.float32),
         "start": np.full((frames, 3), -6, np.float32),
@@ -133,14 +137,20 @@ def test_a_clear_action_is_reported_once_and_soon(manifest: Manifest) -> None:
         "end": np.full((frames, 3), -6, np.float32),
         "end_offsets": np.ones((frames, 2), np.float32),
     }
-    outputs["ongoing"][30:80, 1] = outputs["start"][31:41, 1] = outputs["end"][81:91, 1] = 6
+    later = lookahead
+    started_at, ended_at = slice(31 + later, 41 + later), slice(81 + later, 91 + later)
+    outputs["ongoing"][30 + later : 80 + later, 1] = 6
+    outputs["start"][started_at, 1] = outputs["end"][ended_at, 1] = 6
     # softplus(log(expm1(x))) is x: the frames since the start, and since the end.
-    outputs["start_offset"][31:41, 0] = np.log(np.expm1(np.arange(31, 41) + 1 - 30))
-    outputs["end_offsets"][81:91, 0] = np.log(np.expm1(np.arange(81, 91) + 1 - 80))
-    outputs["end_offsets"][81:91, 1] = np.log(80 - 30)
+    outputs["start_offset"][started_at, 0] = np.log(np.expm1(np.arange(31, 41) + later + 1 - 30))
+    outputs["end_offsets"][ended_at, 0] = np.log(np.expm1(np.arange(81, 91) + later + 1 - 80))
+    outputs["end_offsets"][ended_at, 1] = np.log(80 - 30)
     started, ended = events_of(manifest, outputs, Decoding(), False)
-    assert (started.type, started.label, started.start, started.time) == ("action.started", "b", 2.4, 2.56)
-    assert (ended.type, ended.start, ended.end, ended.time) == ("action.ended", 2.4, 6.4, 6.56)
+    wait = lookahead * 0.08
+    assert (started.type, started.label, started.start) == ("action.started", "b", 2.4)
+    assert started.time == pytest.approx(2.56 + wait)
+    assert (ended.type, ended.start, ended.end) == ("action.ended", 2.4, 6.4)
+    assert ended.time == pytest.approx(6.56 + wait)
     assert ended.score is not None
     assert ended.score > 0.9
     assert events_of(manifest, outputs, Decoding(), False) == [started, ended], "ids are the same in a replay"

@@ -47,6 +47,16 @@ def test_targets_look_back(tmp_path: Path) -> None:
     assert targets.end_mask.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0]
 
 
+def test_with_a_look_ahead_a_frame_is_asked_about_an_earlier_one() -> None:
+    segments, labels = np.array([[2.0, 6.5], [-3.0, 1.0]]), np.array([1, 0])
+    at_once, later = (assign(segments, labels, 16, 2, reach=3.0, lookahead=wait) for wait in (0, 4))
+    for name in ("ongoing", "start", "start_mask", "end", "end_mask"):
+        np.testing.assert_array_equal(getattr(later, name)[4:], getattr(at_once, name)[:12], err_msg=name)
+    # The distances are still those from the frame that answers.
+    assert later.start_offset[5:8].tolist() == [4, 5, 6]
+    assert later.end_offsets[10].tolist() == [9.0, 4.5]
+
+
 def test_losses_have_the_values_of_their_formulas() -> None:
     logits, target = torch.tensor([0.0, 2.0]), torch.tensor([1.0, 0.0])
     p = torch.sigmoid(logits)

@@ -104,12 +104,16 @@ def import_(
 def export(
     run: Annotated[Path, typer.Argument(help="A folder that `onset train` made.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle's folder.")],
+    chunk: Annotated[
+        int | None,
+        typer.Option(min=1, help="Frames a step, of those in `train.chunks`; default: `model.chunk`."),
+    ] = None,
 ) -> None:
     """Export a run as a bundle: an ONNX step graph and a manifest, which run without torch."""
     _needs_torch("export")
     from trainer.export import export as write
 
-    manifest = write(run, output)
+    manifest = write(run, output, chunk=chunk)
     Console(stderr=True).print(
         f"{output}: {manifest.id}, {len(manifest.classes)} classes, "
         f"chunks of {manifest.chunk / manifest.frame.rate:g} s"
@@ -139,6 +143,9 @@ def evaluate(
             "without the order in which they were recorded?",
         ),
     ] = None,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Online: frames a step, as `onset export --chunk`.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Score a run on its data: mAP at each tIoU, recall, starts.
@@ -153,7 +160,7 @@ def evaluate(
     import onset_runs
     from trainer.scoring import render
 
-    name, results = onset_runs.evaluate(run, subset, tiou, min_score, predictions, shuffle)
+    name, results = onset_runs.evaluate(run, subset, tiou, min_score, predictions, shuffle, chunk)
     if json:
         typer.echo(
             json_module.dumps({k: json_module.loads(v.to_json()) for k, v in results.items()}, indent=2)

@@ -49,6 +49,7 @@ def evaluate(
     min_score: float = 0.01,
     predictions: Path | None = None,
     shuffle: int | None = None,
+    chunk: int | None = None,
 ) -> tuple[str, dict[str, Scores]]:
     """The run's name and its scores on a subset of its data, by what they are scores of.
 
@@ -63,11 +64,13 @@ def evaluate(
         if shuffle is not None:
             raise ConfigError("`--shuffle` cuts raw recordings, and this run reads features of videos")
         return settings.dataset_name, _features_offline(run, subset, tiou, predictions)
+    if chunk is not None and settings.model.context == "full":
+        raise ConfigError("`--chunk` cuts a stream, and this run reads recordings whole")
     if settings.model.context == "full":
         return settings.name, _signals_offline(run, settings, subset, tiou, predictions, shuffle)
     if predictions is not None:
         raise ConfigError("`--predictions` belongs to full context; `onset detect --output` saves events")
-    return settings.name, _online(run, subset, tiou or ONLINE_TIOUS, min_score, shuffle)
+    return settings.name, _online(run, subset, tiou or ONLINE_TIOUS, min_score, shuffle, chunk)
 
 
 def calibrate(
@@ -143,11 +146,13 @@ class _Online:
 
 
 @contextmanager
-def _online_run(run: Path, rate: float, data: DataConfig, items: Sequence[_Item]) -> Iterator[_Online]:
+def _online_run(
+    run: Path, rate: float, data: DataConfig, items: Sequence[_Item], chunk: int | None = None
+) -> Iterator[_Online]:
     # A stream counts its samples at the bundle's rate; the truth is in seconds of each recording.
     clocks = {item.truth.name: partial(_in_recording, rate, grid_of(item.truth, data)) for item in items}
     with tempfile.TemporaryDirectory() as folder:
-        export(run, Path(folder) / "bundle")
+        export(run, Path(folder) / "bundle", chunk=chunk)
         streams = [(item.truth.name, item.read) for item in items]
         recorded = record_streams(Path(folder) / "bundle", streams)
         yield _Online(recorded, Path(folder) / "events.jsonl", clocks)
@@ -157,7 +162,9 @@ def _in_recording(rate: float, grid: Grid | None, seconds: float) -> float:
     return seconds if grid is None or (grid.rate == rate and not grid.shift) else grid.seconds(seconds * rate)
 
 
-def _online(run: Path, subset: str, tiou: str, min_score: float, shuffle: int | None) -> dict[str, Scores]:
+def _online(
+    run: Path, subset: str, tiou: str, min_score: float, shuffle: int | None, chunk: int | None
+) -> dict[str, Scores]:
     config, detector, content = load_run(run)
     data, rate = config.data, float(content["data"]["sample_rate"])
     annotations = read_annotations(data.annotations)
@@ -166,7 +173,8 @@ def _online(run: Path, subset: str, tiou: str, min_score: float, shuffle: int | 
     truth = _truth(annotations, chosen, items)
     names = sorted({recording.subset for recording in chosen})
     results: dict[str, Scores] = {}
-    with _online_run(run, rate, data, items) as online:
+    with _online_run(run, rate, data, items, chunk) as online:
+        detector.chunk = online.manifest.chunk
         defaults = online.manifest.decoding
         everything = defaults.model_copy(update={"start_threshold": min_score, "end_threshold": min_score})
         frames = _frames(detector, items, data, rate, annotations.classes, config.model.lookahead)

@@ -138,6 +138,16 @@ class TrainConfig(Strict):
     steps: Positive = 3000
     batch: Positive = 16
     crop: float = Field(60.0, gt=0, description="seconds of a training crop")
+    chunks: tuple[Positive, ...] = Field(
+        (),
+        description="frames a step, one drawn for each step of training, so that `onset export --chunk` can "
+        "choose; default: `model.chunk` alone",
+    )
+    teacher: Path | None = Field(
+        None,
+        description="a run on the same data with a longer `model.lookahead`, whose answers are learned too",
+    )
+    teacher_weight: float = Field(0.5, ge=0, le=1, description="of its answers, beside the truth")
     reach: float = Field(2.0, gt=0, description="seconds for which a start or an end counts as news")
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.05, ge=0)
@@ -162,6 +172,18 @@ class Config(Strict):
     decoding: Decoding = Decoding()
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if self.model.context == "full" and (self.train.chunks or self.train.teacher):
+            raise ValueError("`train.chunks` and `train.teacher` belong to `context: causal`")
+        for chunk in self.train.chunks:
+            if chunk & (chunk - 1) or chunk > self.model.chunk:
+                raise ValueError(
+                    f"`train.chunks` has {chunk}, expected powers of two up to `model.chunk`, "
+                    f"{self.model.chunk}"
+                )
+        return self
+
 
 def read_config(path: Path) -> Config:
     """Read a training configuration; its paths become relative to the working directory."""
@@ -173,4 +195,7 @@ def read_config(path: Path) -> Config:
             "recordings": tuple(folder / place.expanduser() for place in config.data.recordings),
         }
     )
-    return config.model_copy(update={"data": data})
+    train = config.train
+    if train.teacher is not None:
+        train = train.model_copy(update={"teacher": folder / train.teacher.expanduser()})
+    return config.model_copy(update={"data": data, "train": train})

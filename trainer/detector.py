@@ -55,25 +55,24 @@ class Fusion(nn.Module):
 
     def __init__(self, shape: PyramidShape) -> None:
         super().__init__()
-        self.chunk = shape.chunk
         self.norms = nn.ModuleList(nn.LayerNorm(shape.width) for _ in range(shape.levels))
         self.project = nn.ModuleList(nn.Linear(shape.width, shape.width) for _ in range(shape.levels))
 
-    def forward(self, levels: list[tuple[Tensor, Tensor]], reaches: list[Reach]) -> Tensor:
+    def forward(self, levels: list[tuple[Tensor, Tensor]], reaches: list[Reach], chunk: int) -> Tensor:
         """[(tokens [B, T_l, D], mask)] -> [B, N, D]."""
         frames = levels[0][0].shape[1]
         total: Tensor | None = None
         for level, (x, mask) in enumerate(levels):
             y = self.project[level](self.norms[level](x)) * mask
             if level > 0:
-                y = self._spread(y, level, frames, reaches[level])
+                y = self._spread(y, level, frames, reaches[level], chunk)
             total = y if total is None else total + y
         assert total is not None
         return total * levels[0][1]
 
-    def _spread(self, y: Tensor, level: int, frames: int, reach: Reach) -> Tensor:
+    def _spread(self, y: Tensor, level: int, frames: int, reach: Reach, chunk: int) -> Tensor:
         """Tokens of a level [B, T_l, D] to the frames of the chunks that may see them, [B, N, D]."""
-        chunks = (1 << level) // self.chunk
+        chunks = (1 << level) // chunk
         if chunks <= 1 or reach.memory is None:
             return y.repeat_interleave(1 << level, dim=1)
         if reach.exists is not None:
@@ -82,7 +81,7 @@ class Fusion(nn.Module):
             return newest.expand(-1, frames, -1)
         # The whole sequence: token m arrives with the last of its chunks, and holds for `chunks` of them.
         reach.memory.remember(f"newest.{level}", y[:, -1:])
-        late = (chunks - 1) * self.chunk
+        late = (chunks - 1) * chunk
         return F.pad(y.repeat_interleave(1 << level, dim=1), (0, 0, late, 0))[:, :frames]
 
 
@@ -101,11 +100,15 @@ class Head(nn.Module):
 
 
 class Detector(nn.Module):
-    """`forward` reads whole sequences, `step` one chunk after a state: the same weights and code."""
+    """`forward` reads whole sequences, `step` one chunk after a state: the same weights and code.
+
+    `chunk`, in frames, may be set to any power of two up to that of the shape: trained with several, the same
+    weights serve several latencies.
+    """
 
     def __init__(self, shape: DetectorShape) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.chunk = shape, shape.pyramid.chunk
         pyramid = shape.pyramid
         width, hidden = pyramid.width, shape.head_width or pyramid.width
         self.front: SignalFront | FeatureFront | BeatFront
@@ -133,7 +136,7 @@ class Detector(nn.Module):
     @property
     def period(self) -> int:
         """Frames after which the pyramid's strides repeat; whole sequences are multiples of it."""
-        return max(1 << (self.shape.pyramid.levels - 1), self.shape.pyramid.chunk)
+        return max(1 << (self.shape.pyramid.levels - 1), self.chunk)
 
     def forward(self, samples: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """`samples` [B, N * hop, C], `mask` [B, N] (1: the frame is there) -> each output [B, N, ...].
@@ -155,7 +158,7 @@ class Detector(nn.Module):
         memory = Memory(state)
         phase = state["phase"]
         outputs = self._run(samples, mask.to(samples.dtype), memory, phase)
-        chunks = self.period // self.shape.pyramid.chunk
+        chunks = self.period // self.chunk
         ahead = phase + 1.0
         memory.remember("phase", ahead - torch.floor(ahead / chunks) * chunks)
         return outputs, memory.new
@@ -163,20 +166,19 @@ class Detector(nn.Module):
     def zero_state(self, batch: int) -> dict[str, Tensor]:
         """The state of `batch` streams that begin: name -> zeros [B, length, D]."""
         reference = next(self.parameters())
-        chunk = self.shape.pyramid.chunk
         memory = _Blank()
         with torch.no_grad():
-            samples = reference.new_zeros(batch, chunk * self.hop, self.shape.channels)
+            samples = reference.new_zeros(batch, self.chunk * self.hop, self.shape.channels)
             phase = reference.new_zeros(batch, 1, 1)
-            self._run(samples, reference.new_zeros(batch, chunk), memory, phase)
+            self._run(samples, reference.new_zeros(batch, self.chunk), memory, phase)
         memory.new["phase"] = phase
         return {name: torch.zeros_like(value) for name, value in memory.new.items()}
 
     def _run(self, samples: Tensor, mask: Tensor, memory: Memory, phase: Tensor | None) -> dict[str, Tensor]:
         present = mask[..., None]
-        reaches = self.pyramid.reaches(memory, phase)
+        reaches = self.pyramid.reaches(memory, phase, self.chunk)
         x = self.front(samples, present, reaches[0])
-        x = self.dropout(self.fusion(self.pyramid(x, present, reaches), reaches))
+        x = self.dropout(self.fusion(self.pyramid(x, present, reaches), reaches, self.chunk))
         classes = self.shape.classes
         ongoing = self.ongoing(x, present, reaches[0])
         start = self.start(x, present, reaches[0])

@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from engine.errors import BundleError
+from engine.errors import BundleError, ConfigError
 from engine.manifest import Decoding, Frame, Manifest, Training, write_bundle
 from engine.manifest import Tensor as TensorSpec
 from trainer.beats import BeatFront
@@ -76,7 +76,7 @@ def receptive_field(detector: Detector) -> int:
 def step_graph(detector: Detector) -> tuple[bytes, tuple[TensorSpec, ...]]:
     """The serialised step graph (float32) and the states that its `state` is made of."""
     step = FlatStep(detector.float().eval())
-    chunk = detector.shape.pyramid.chunk
+    chunk = detector.chunk
     example = (
         torch.zeros(2, chunk * detector.hop, detector.shape.channels),
         torch.ones(2, chunk),
@@ -120,7 +120,7 @@ def manifest_of(
     lookahead: int = 0,
 ) -> Manifest:
     """The manifest of a detector's step graph."""
-    chunk, count = detector.shape.pyramid.chunk, detector.shape.classes
+    chunk, count = detector.chunk, detector.shape.classes
     return Manifest(
         name=name,
         graph_sha256=hashlib.sha256(graph).hexdigest(),
@@ -148,14 +148,27 @@ def manifest_of(
     )
 
 
-def export(run: Path, output: Path, scores: dict[str, float] | None = None) -> Manifest:
-    """Export a run's averaged weights. Raises BundleError when `output` holds something else."""
+def export(
+    run: Path, output: Path, scores: dict[str, float] | None = None, chunk: int | None = None
+) -> Manifest:
+    """Export a run's averaged weights; `chunk`: frames a step, where they were trained with several.
+
+    Raises BundleError when `output` holds something else, ConfigError for a chunk that was not trained with.
+    """
     if output.exists() and (
         not output.is_dir() or (any(output.iterdir()) and not (output / "bundle.json").exists())
     ):
         raise BundleError(f"{output}: exists and is not a bundle; give another --output")
     config, detector, content = load_run(run)
     facts = content["data"]
+    if chunk is not None:
+        trained = sorted({config.model.chunk, *config.train.chunks})
+        if chunk not in trained:
+            raise ConfigError(
+                f"{run}: was trained with chunks of {', '.join(map(str, trained))} frames, not of {chunk}; "
+                "to choose when exporting, train with several (`train.chunks: [1, 2, 4]`)"
+            )
+        detector.chunk = chunk
     graph, states = step_graph(detector)
     manifest = manifest_of(
         detector,
@@ -187,5 +200,7 @@ def export(run: Path, output: Path, scores: dict[str, float] | None = None) -> M
 
 def _portable(config: Config) -> str:
     """The configuration without the paths of the machine that trained it."""
-    values = config.model_dump(mode="json", exclude={"data": {"annotations", "recordings"}})
+    values = config.model_dump(
+        mode="json", exclude={"data": {"annotations", "recordings"}, "train": {"teacher"}}
+    )
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -19,7 +19,7 @@ from trainer.memory import Memory
 
 @dataclass(frozen=True)
 class PyramidShape:
-    """Sizes. `chunk` is in frames, `window` in tokens of each level."""
+    """Sizes. `chunk` is in frames, the largest that the weights serve; `window` in tokens of each level."""
 
     width: int
     heads: int
@@ -56,7 +56,7 @@ class Pyramid(nn.Module):
             shape.width,
             shape.heads,
             shape.window,
-            max(1, shape.chunk >> level) - 1,  # the rest of the chunk that a query is in
+            max(1, shape.chunk >> level) - 1,  # the rest of the largest chunk that a query is in
             stride,
             shape.expansion,
             shape.relative,
@@ -64,17 +64,17 @@ class Pyramid(nn.Module):
             shape.drop_path,
         )
 
-    def reaches(self, memory: Memory, phase: Tensor | None) -> list[Reach]:
-        """What each level's layers see; `phase` [B, 1, 1]: whole chunks so far, before this one; None in
-        whole sequences, in which every level's tokens exist."""
+    def reaches(self, memory: Memory, phase: Tensor | None, chunk: int) -> list[Reach]:
+        """What each level's layers see where `chunk` frames come at once; `phase` [B, 1, 1]: whole chunks so
+        far, before this one; None in whole sequences, in which every level's tokens exist."""
         reaches = []
         for level in range(self.shape.levels):
-            chunks = (1 << level) // self.shape.chunk  # chunks that one token takes
+            chunks = (1 << level) // chunk  # chunks that one token takes
             exists = None
             if phase is not None and chunks > 1:
                 passed = (phase + 1.0) / chunks
                 exists = (passed == torch.floor(passed)).to(phase.dtype)
-            reaches.append(Reach(memory, max(1, self.shape.chunk >> level), exists))
+            reaches.append(Reach(memory, max(1, chunk >> level), exists))
         return reaches
 
     def forward(self, x: Tensor, mask: Tensor, reaches: list[Reach]) -> list[tuple[Tensor, Tensor]]:

@@ -162,6 +162,26 @@ def test_it_learns_and_the_bundle_says_the_same(tmp_path: Path) -> None:
     assert right > 0.9, right
 
 
+def test_one_training_serves_several_chunks(tmp_path: Path) -> None:
+    path = write_data_set(tmp_path, steps=3)
+    path.write_text(
+        path.read_text().replace("chunk: 2", "chunk: 4").replace("{steps", "{chunks: [1, 4], steps")
+    )
+    train(read_config(path), tmp_path / "run")
+    for chunk in (1, 4, None):
+        manifest = export(tmp_path / "run", tmp_path / "bundle", chunk=chunk)
+        assert (
+            manifest.chunk
+            == OnnxSession(tmp_path / "bundle", slots=1, threads=1).manifest.chunk
+            == (chunk or 4)
+        )
+    with pytest.raises(ConfigError, match="chunks of 1, 4 frames, not of 2"):
+        export(tmp_path / "run", tmp_path / "bundle", chunk=2)
+    path.write_text(path.read_text().replace("chunk: 4", "chunk: 2"))
+    with pytest.raises(ConfigError, match="powers of two up to"):
+        read_config(path)
+
+
 def test_everything_wrong_with_the_data_is_said_at_once(tmp_path: Path) -> None:
     path = write_data_set(tmp_path, steps=1)
     (tmp_path / "data" / "r0.npy").unlink()

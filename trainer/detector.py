@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.beats import BeatFront
-from trainer.blocks import Conv, Reach
+from trainer.blocks import Conv, Dropout, Reach
 from trainer.front import FeatureFront, SignalFront
 from trainer.memory import Memory
 from trainer.pyramid import Pyramid, PyramidShape
@@ -123,7 +123,7 @@ class Detector(nn.Module):
         self.ongoing = Head("head.ongoing", width, hidden, shape.classes)
         self.start = Head("head.start", width, hidden, shape.classes + 1)
         self.end = Head("head.end", width, hidden, shape.classes + 2)
-        self.dropout = nn.Dropout(pyramid.dropout)
+        self.dropout = Dropout(pyramid.dropout)
         bias = -math.log((1 - shape.prior) / shape.prior)
         for head in (self.ongoing, self.start, self.end):
             nn.init.constant_(head.out.bias[: shape.classes], bias)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import random_detector
+from trainer.blocks import Dropout
 from trainer.detector import OUTPUTS, Detector, DetectorShape
 from trainer.pyramid import PyramidShape
 
@@ -140,3 +141,16 @@ def test_the_receptive_field_is_all_that_a_state_remembers(beats: int) -> None:
     a, b = detector(samples, mask), detector(other, mask)
     for name in OUTPUTS:
         torch.testing.assert_close(a[name][:, -1], b[name][:, -1], rtol=1e-9, atol=1e-9)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
+    x = torch.ones(64, 50, 33)
+    dropout = Dropout(0.1)
+    y = dropout(x)
+    dropped = (y == 0).double()
+    assert abs(float(dropped.mean()) - 26 / 256) < 0.005
+    assert abs(float(y.double().mean()) - 1) < 0.005
+    for place in range(8):  # each byte of a word as often as the others
+        assert abs(float(dropped.flatten()[place::8].mean()) - 26 / 256) < 0.01
+    assert torch.equal(dropout.eval()(x), x)
+    assert torch.equal(Dropout(0.0)(x), x)

@@ -67,10 +67,22 @@ class Decoding(Strict):
     hold: float = Field(
         0.8, ge=0, le=600, description="seconds that a lesser candidate waits for a better one"
     )
+    usual: tuple[Annotated[float, Field(gt=0, le=86400)], ...] | None = Field(
+        None, description="seconds that an action of each class lasts on average; training fills it in"
+    )
+    evidence: float = Field(
+        0.03,
+        gt=0,
+        le=10,
+        description="evidence to end an action that no moment ended, as a share of what it usually lasts",
+    )
     nms_tiou: Probability = Field(0.1, description="largest overlap of two ended segments of one class")
     min_duration: float = Field(0.0, ge=0, le=86400, description="seconds; shorter segments are dropped")
     max_duration: float = Field(
-        120.0, gt=0, le=86400, description="seconds; an action open longer than this is ended"
+        120.0,
+        gt=0,
+        le=86400,
+        description="seconds; an action open longer is ended. Training raises it to twice its longest",
     )
 
 
@@ -133,6 +145,9 @@ class Manifest(Strict):
         if len(set(names)) != len(names):
             raise ValueError("a tensor is named twice")
         classes = len(self.classes)
+        usual = self.decoding.usual
+        if usual is not None and len(usual) != classes:
+            raise ValueError(f"`decoding.usual` has {len(usual)} durations for {classes} classes")
         wanted = {
             "ongoing": (self.chunk, classes),
             "start": (self.chunk, classes),

@@ -5,8 +5,11 @@ For each class there is at most one open action and one pending candidate for a 
 1. A start candidate is the moment's start score and time. It is announced at once when it is `confident`;
    a lesser one, above the threshold, waits up to `hold` seconds for a better one.
 2. An end candidate is a segment: its end from the moment, its start from memory (the announced start of the
-   open action), or from the moment's look back where no action is open. Commit rule as for starts.
-3. An open action that nothing ended is ended when the class has not been going on for `hold` seconds.
+   open action), or from the moment's look back where no action is open. Commit rule as for starts; but before
+   the class has begun to fade (`stream.course`) it is no candidate.
+3. An open action that nothing ended is ended, and one that nothing announced is announced, when the course of
+   its class says so: by evidence in proportion to what an action of the class usually lasts. For half of what
+   it is worth, since no moment said so.
 4. A segment that overlaps what was emitted is not emitted (`stream.nms`).
 
 Invariants (tests/stream/test_tracker.py): every instance is started once, then ended or aborted once;
@@ -24,14 +27,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.manifest import Decoding, Manifest
+from stream.course import GOING_ON, Course
 from stream.decoder import SCORE_DIGITS, Moments, decode
 from stream.events import Event, instance_id
 from stream.history import History
 from stream.nms import Emitted
 
 TIME_DIGITS = 6
-# A class with at least this probability counts as still going on, when an open action waits for its end.
-GOING_ON = 0.3
+# Of the evidence that ends an open action, the share that an end candidate needs beside its own; and how many
+# times as much it takes to announce an action whose start was missed. Measured: see `trainer/README.md`.
+FADING, MISSED = 0.05, 4.0
+# What an action lasts where the bundle does not tell, in times of `hold`.
+USUAL = 10.0
+# An action is not ended on less evidence than this many seconds of certainty, however short it usually is.
+LEAST = 0.1
 
 
 @dataclass
@@ -51,7 +60,6 @@ class _Open:
     id: str
     start: int
     score: float
-    last_seen: int  # the last sample at which it was going on
 
 
 class Tracker:
@@ -84,7 +92,10 @@ class Tracker:
             first_sample - self._ahead,
             self._hop,
         )
-        self._patience = 2 * self._hold + self._hop
+        self._course = Course(len(manifest.classes), first_sample - self._ahead)
+        usual = self._decoding.usual or tuple(USUAL * self._decoding.hold for _ in classes)
+        evidence = np.maximum(LEAST, self._decoding.evidence * np.asarray(usual, np.float64))
+        self._evidence = evidence * self._rate / self._hop  # in frames
 
     def update(
         self,
@@ -101,12 +112,16 @@ class Tracker:
         decoded = decode(moments, first, self._origin, self._hop)
         self._history.add(decoded.ongoing)
         floor = min(self._start_threshold, self._end_threshold)
-        busy = np.flatnonzero((np.maximum(decoded.start, decoded.end) >= floor).any(axis=0)).tolist()
+        spoken = np.maximum(decoded.start, decoded.end) >= floor
         events: list[Event] = []
         stamp = _Stamp(now, captured)
-        for label in sorted({*busy, *self._open, *self._starts, *self._ends}):
-            for frame in range(len(decoded.now)):
-                self._advance(label, frame, decoded, stamp, events)
+        for frame in range(len(decoded.now)):
+            heard = int(decoded.now[frame]) - self._ahead  # up to when it is known what was going on
+            self._course.add(decoded.ongoing[frame], heard)
+            goes_on = self._course.risen >= MISSED * self._evidence
+            busy = np.flatnonzero(spoken[frame] | goes_on).tolist()
+            for label in sorted({*busy, *self._open, *self._starts, *self._ends}):
+                self._advance(label, frame, decoded, bool(goes_on[label]), stamp, events)
         return events
 
     def finish(self, now: float, captured: float | None) -> list[Event]:
@@ -140,17 +155,23 @@ class Tracker:
         self._ends.clear()
         return events
 
-    def _advance(self, label: int, frame: int, moments: Moments, stamp: _Stamp, events: list[Event]) -> None:
+    def _advance(
+        self,
+        label: int,
+        frame: int,
+        moments: Moments,
+        goes_on: bool,
+        stamp: _Stamp,
+        events: list[Event],
+    ) -> None:
+        """One frame of a class, which `goes_on` by its course."""
         now, ongoing = int(moments.now[frame]), float(moments.ongoing[frame, label])
         action = self._open.get(label)
-        heard = now - self._ahead  # up to when it is known what was going on
-        if action is not None and ongoing >= GOING_ON:
-            action.last_seen = heard
 
         # An end is believed as far as the class is not going on now and was going on in between.
         at = int(moments.end_at[frame])
         score = float(moments.end[frame, label]) * (1.0 - ongoing)
-        if score >= self._end_threshold:
+        if score >= self._end_threshold and self._over(label) >= FADING:
             begin = action.start if action is not None else int(moments.end_from[frame])
             begin = max(begin, now - self._longest) if action is None else begin
             score *= self._history.mean(label, begin, at)
@@ -170,11 +191,28 @@ class Tracker:
         if self._is_due(self._starts.get(label), now):
             self._commit_start(label, stamp, events)
 
+        if label in self._starts or label in self._ends:
+            return
         action = self._open.get(label)
-        if action is not None and label not in self._ends:
-            quiet = heard - max(action.last_seen, action.start)
-            if quiet > self._patience or now - action.start >= self._longest:
-                self._close(label, min(max(action.last_seen, action.start + 1), now), None, stamp, events)
+        if action is None:
+            if goes_on and ongoing >= GOING_ON:
+                self._announce_missed(label, now - self._ahead, stamp, events)
+        elif self._over(label) >= 1.0 or now - action.start >= self._longest:
+            end = self._course.ended(label)
+            self._close(label, min(max(end, action.start + 1), now), None, stamp, events)
+
+    def _over(self, label: int) -> float:
+        """Evidence that the open action of a class is over; 1 is enough."""
+        return float(self._course.fallen[label] / self._evidence[label])
+
+    def _announce_missed(self, label: int, heard: int, stamp: _Stamp, events: list[Event]) -> None:
+        """Announce an action that goes on although nothing said that it started."""
+        since = max(self._course.began(label), self._border[label] + 1, heard - self._longest)
+        if since >= heard or self._emitted[label].announced(since):
+            return
+        score = round(0.5 * self._history.mean(label, since, heard), SCORE_DIGITS)
+        if score >= self._start_threshold:
+            self._announce(label, since, score, stamp, events)
 
     def _is_due(self, waiting: _Candidate | None, now: int) -> bool:
         """Is a candidate sure enough, or has it waited long enough for a better one?"""
@@ -203,13 +241,15 @@ class Tracker:
             return
         action = self._open.get(label)
         if action is not None:
-            self._close(label, min(max(action.last_seen, action.start), found.start), None, stamp, events)
+            end = min(max(self._course.ended(label), action.start), found.start)
+            self._close(label, end, None, stamp, events)
         self._announce(label, found.start, found.score, stamp, events)
 
     def _announce(self, label: int, start: int, score: float, stamp: _Stamp, events: list[Event]) -> None:
         name = self._manifest.classes[label]
         identity = instance_id(self._stream, self._epoch, self._manifest.id, name, start)
-        self._open[label] = _Open(identity, start, score, last_seen=stamp.sample(self._rate) - self._ahead)
+        self._open[label] = _Open(identity, start, score)
+        self._course.opened(label, stamp.sample(self._rate) - self._ahead)
         self._starts.pop(label, None)
         events.append(self._event("action.started", label, identity, stamp, start=start, score=score))
 
@@ -239,6 +279,7 @@ class Tracker:
             score = 0.5 * action.score * self._history.mean(label, start, end)
         self._border[label] = max(self._border[label], action.start, end - self._hold)
         self._emitted[label].add(action.start, (start, end), stamp.sample(self._rate))
+        self._course.closed(label, stamp.sample(self._rate) - self._ahead)
         events.append(self._event("action.ended", label, action.id, stamp, start=start, end=end, score=score))
 
     def _event(

@@ -35,8 +35,27 @@ def train_online(config: Config, run: Path, resume: bool = False, init: Path | N
     if not resume:
         refuse_trained(run)
     with processes() as (rank, world):
-        task = OnlineTask(config, load_corpus(config.data, "train"), rank, world)
+        corpus = load_corpus(config.data, "train")
+        task = OnlineTask(fitted(config, corpus), corpus, rank, world)
         return Loop(task, run, rank, world).fit(resume, init)
+
+
+def fitted(config: Config, corpus: Corpus) -> Config:
+    """`config` with what decoding must know of the actions that are trained on, unless it says so itself:
+    what those of each class last on average, and twice the longest as what one may last at most."""
+    rate, chosen = corpus.sample_rate, config.decoding
+    lengths: list[list[float]] = [[] for _ in corpus.classes]
+    for track in corpus.tracks:
+        for (start, end), label in zip(track.segments.tolist(), track.labels.tolist(), strict=True):
+            lengths[label].append((end - start) / rate)
+    every = [length for some in lengths for length in some] or [1.0]
+    known = {
+        # A class that training never saw will hardly be found; the average of all stands for it.
+        "usual": tuple(round(float(np.mean(some or every)), 3) for some in lengths),
+        "max_duration": min(86400.0, max(chosen.max_duration, math.ceil(2 * max(every)))),
+    }
+    missing = {name: value for name, value in known.items() if name not in chosen.model_fields_set}
+    return config.model_copy(update={"decoding": chosen.model_copy(update=missing)})
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

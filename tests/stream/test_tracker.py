@@ -156,6 +156,28 @@ def test_a_clear_action_is_reported_once_and_soon(manifest: Manifest, lookahead:
     assert events_of(manifest, outputs, Decoding(), False) == [started, ended], "ids are the same in a replay"
 
 
+def test_an_action_whose_start_was_missed_is_announced_late_and_once(manifest: Manifest) -> None:
+    """Class b from frame 30 to 80; nothing says that it starts, nor that it ends."""
+    outputs = {
+        "ongoing": np.full((160, 3), -6, np.float32),
+        "start": np.full((160, 3), -6, np.float32),
+        "start_offset": np.zeros((160, 1), np.float32),
+        "end": np.full((160, 3), -6, np.float32),
+        "end_offsets": np.ones((160, 2), np.float32),
+    }
+    outputs["ongoing"][30:80, 1] = 6
+    outputs["ongoing"][50:55, 1] = -6  # a doubt: less evidence than it takes to end it
+    started, ended = events_of(manifest, outputs, Decoding(hold=0.5), False)
+    assert (started.type, started.label, started.start) == ("action.started", "b", 2.4)
+    # Usual are ten times `hold`; four times 3 % of that, at 1 - 0.3 a second, and what is left of a chunk.
+    assert 2.4 + 0.6 / 0.7 <= started.time <= 2.4 + 0.6 / 0.7 + 0.16
+    assert (ended.type, ended.start, ended.end) == ("action.ended", 2.4, 6.4)
+    assert started.score is not None
+    assert started.score <= 0.5, "half of what its course is worth"
+    outputs["ongoing"][30:80, 1] = -0.7  # going on, but hardly: half of that is below the threshold
+    assert events_of(manifest, outputs, Decoding(hold=0.5), False) == []
+
+
 @given(
     seed=st.integers(0, 1000),
     frames=st.integers(1, 60),

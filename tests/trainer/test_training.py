@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from trainer.data import Sampler, load_corpus
 from trainer.export import export
 from trainer.losses import diou, focal
 from trainer.offline_signals import train_offline_signals
-from trainer.online_training import OnlineTask, learning_rate
+from trainer.online_training import OnlineTask, fitted, learning_rate
 from trainer.online_training import train_online as train
 from trainer.targets import assign
 from trainer.train import Loop
@@ -180,6 +181,20 @@ def test_one_training_serves_several_chunks(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("chunk: 4", "chunk: 2"))
     with pytest.raises(ConfigError, match="powers of two up to"):
         read_config(path)
+
+
+def test_an_action_may_last_twice_as_long_as_the_longest_known(tmp_path: Path) -> None:
+    path = write_data_set(tmp_path, steps=1)
+    corpus = load_corpus(read_config(path).data, "train")
+    assert fitted(read_config(path), corpus).decoding.max_duration == 120.0
+    tracks = (replace(corpus.tracks[0], segments=np.array([[0.0, 25 * 100.2]]), labels=np.array([0])),)
+    assert fitted(read_config(path), replace(corpus, tracks=tracks)).decoding.max_duration == 201.0
+    assert fitted(read_config(path), replace(corpus, tracks=tracks)).decoding.usual == (100.2, 100.2)
+    usual = fitted(read_config(path), corpus).decoding.usual
+    assert usual is not None
+    assert all(2 < seconds < 6 for seconds in usual)
+    path.write_text(path.read_text() + "decoding: {max_duration: 30}\n")
+    assert fitted(read_config(path), replace(corpus, tracks=tracks)).decoding.max_duration == 30.0
 
 
 def test_everything_wrong_with_the_data_is_said_at_once(tmp_path: Path) -> None:

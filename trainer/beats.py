@@ -26,6 +26,10 @@ from trainer.front import differences
 # in the MIT-BIH recordings, and 99.0 % of what they find is one (within 0.15 s).
 _SLOPE, _ENERGY, _APART, _RECENT, _USUAL = 0.025, 0.1, 0.2, 1.5, 6.0
 _SHARE = 0.4
+# How unlike a beat is the one so many beats before it? Lags that tell irregular from every second or third
+# beat early, each as a mean over the last few beats and over all: what an AFIB of any patient has in common.
+_LAGS = (1, 2, 3, 4)
+_FEW = 6
 _BROAD = 3  # sharpness compares the energy with that of a window so many times as long
 # Beats longer ago are forgotten, for each that is counted: the slowest rhythm that counts as one.
 _SLOWEST = 2.5
@@ -41,7 +45,7 @@ class BeatFront(nn.Module):
         self.channels, self.hop, self.count, self.rate = channels, hop, count, sample_rate
         self.register_buffer("step_scale", torch.ones(channels))
         hidden = 2 * width
-        self.inner = nn.Linear(4 * count + 2, hidden)
+        self.inner = nn.Linear(4 * count + 2 + 4 * sum(lag < count for lag in _LAGS), hidden)
         self.norm = nn.LayerNorm(hidden)
         self.outer = nn.Linear(hidden, width)
 
@@ -132,7 +136,7 @@ class BeatFront(nn.Module):
         return torch.stack(rows, dim=1)
 
     def describe(self, last: Tensor) -> Tensor:
-        """[B, N, count + 1, 4] -> [B, N, 4 * count + 2]."""
+        """[B, N, count + 1, 4] -> [B, N, 4 * count + 2, and 4 more for each lag below `count`]."""
         there = last[..., :-1, 0] * last[..., 1:, 0]
         seconds = last[..., 1] / self.rate
         interval = torch.log((seconds[..., 1:] - seconds[..., :-1]).clamp_min(0.05)) * there
@@ -143,4 +147,14 @@ class BeatFront(nn.Module):
         relative = (interval - usual) * there
         higher = (height - height.sum(dim=-1, keepdim=True) / number) * there
         waited = torch.log(seconds[..., :1].clamp_min(0.05)) - usual
-        return torch.cat([4 * relative, 2 * higher, sharp, there, usual, waited * last[..., :1, 0]], dim=-1)
+        parts = [4 * relative, 2 * higher, sharp, there, usual, waited * last[..., :1, 0]]
+        for lag in _LAGS:
+            if lag < self.count:
+                both = there[..., :-lag] * there[..., lag:]
+                for values in (interval, height):
+                    apart = (values[..., :-lag] - values[..., lag:]).abs() * both
+                    for few in (_FEW, self.count):
+                        number = both[..., :few].sum(dim=-1, keepdim=True)
+                        mean = apart[..., :few].sum(dim=-1, keepdim=True) / number.clamp_min(1.0)
+                        parts.append(torch.log(10 * mean + 0.2) * (number > 0).to(mean.dtype))
+        return torch.cat(parts, dim=-1)

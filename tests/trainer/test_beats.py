@@ -71,7 +71,27 @@ def test_what_frames_are_told_does_not_depend_on_pace_or_gain() -> None:
     torch.testing.assert_close(loud, slow, rtol=1e-6, atol=1e-6)
     intervals = slice(0, 4)
     torch.testing.assert_close(fast[intervals], slow[intervals], rtol=0.0, atol=0.15)
-    assert float(fast[-2]) == pytest.approx(float(slow[-2]) + np.log(0.8), abs=0.03)
+    usual = 4 * beats.count
+    assert float(fast[usual]) == pytest.approx(float(slow[usual]) + np.log(0.8), abs=0.03)
+
+
+def test_how_unlike_earlier_beats_are_tells_rhythms_apart() -> None:
+    beats = BeatFront(1, HOP, 8, 12, RATE)
+
+    def unlike(intervals: list[float]) -> dict[int, float]:
+        """Of intervals over all beats that are remembered, by lag."""
+        times = (1.0 + np.cumsum(intervals)).tolist()
+        _, described = last_of(beats, pulses(times, 24 * HOP / RATE * 5))
+        after = round((times[-1] + 0.45) * RATE / HOP)
+        return {lag: float(described[0, after, 4 * 12 + 2 + 4 * (lag - 1) + 1]) for lag in (1, 2, 3, 4)}
+
+    regular, second = unlike([0.8] * 24), unlike([0.5, 1.1] * 12)
+    third = unlike([0.5, 1.1, 0.8] * 8)
+    none = unlike(np.random.default_rng(0).uniform(0.45, 1.15, 24).tolist())
+    assert max(regular.values()) < -1.0
+    assert max(second[2], second[4]) < -1.0 < 1.0 < min(second[1], second[3])
+    assert third[3] < -1.0 < 0.8 < min(third[1], third[2], third[4])
+    assert min(none.values()) > 0.8
 
 
 def test_beats_of_long_ago_are_forgotten() -> None:

@@ -85,6 +85,15 @@ class Decoding(Strict):
         description="seconds; an action open longer is ended. Training raises it to twice its longest",
     )
 
+    def misfit(self, classes: int) -> str | None:
+        """What of this does not fit a detector of so many classes, as a sentence; None if all does."""
+        if self.usual is None or len(self.usual) == classes:
+            return None
+        return (
+            f"`decoding.usual` has {len(self.usual)} durations, expected one for each of {classes} classes; "
+            "without the key, training fills it in"
+        )
+
 
 class Training(Strict):
     """How the bundle was made and what it scored: a record for people, read by nothing."""
@@ -145,9 +154,8 @@ class Manifest(Strict):
         if len(set(names)) != len(names):
             raise ValueError("a tensor is named twice")
         classes = len(self.classes)
-        usual = self.decoding.usual
-        if usual is not None and len(usual) != classes:
-            raise ValueError(f"`decoding.usual` has {len(usual)} durations for {classes} classes")
+        if misfit := self.decoding.misfit(classes):
+            raise ValueError(misfit)
         wanted = {
             "ongoing": (self.chunk, classes),
             "start": (self.chunk, classes),

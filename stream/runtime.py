@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import EngineError
+from engine.errors import ConfigError, EngineError
 from engine.manifest import Decoding
 from engine.session import Session, Slot
 from stream.config import RuntimeSettings
@@ -84,8 +84,8 @@ class Runtime:
         decoding: Decoding | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`decoding` replaces the bundle's. Raises EngineError if the session has fewer slots than
-        `settings.max_streams`."""
+        """`decoding` replaces the bundle's. Raises ConfigError if that does not fit its classes, EngineError
+        if the session has fewer slots than `settings.max_streams`."""
         if session.capacity < settings.max_streams:
             raise EngineError(
                 f"the session has {session.capacity} slots for up to {settings.max_streams} streams; "
@@ -95,6 +95,8 @@ class Runtime:
         self.counters = counters or Counters()
         self._manifest = session.manifest
         self._decoding = decoding or session.manifest.decoding
+        if misfit := self._decoding.misfit(len(session.manifest.classes)):
+            raise ConfigError(misfit)
         self._rate = session.manifest.frame.sample_rate
         self._streams: dict[str, _Stream] = {}
         self._ready: dict[str, _Stream] = {}

@@ -42,7 +42,12 @@ def train_online(config: Config, run: Path, resume: bool = False, init: Path | N
 
 def fitted(config: Config, corpus: Corpus) -> Config:
     """`config` with what decoding must know of the actions that are trained on, unless it says so itself:
-    what those of each class last on average, and twice the longest as what one may last at most."""
+    what those of each class last on average, and twice the longest as what one may last at most.
+
+    Raises ConfigError where it says so of another number of classes.
+    """
+    if misfit := config.decoding.misfit(len(corpus.classes)):
+        raise ConfigError(misfit)
     rate, chosen = corpus.sample_rate, config.decoding
     lengths: list[list[float]] = [[] for _ in corpus.classes]
     for track in corpus.tracks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class Bench:
     settings: RuntimeSettings = field(
         default_factory=lambda: RuntimeSettings(max_streams=4, reorder=0.2, max_gap=0.4)
     )
-    decoding: dict[str, float] = field(default_factory=lambda: LOW)
+    decoding: Mapping[str, object] = field(default_factory=lambda: LOW)
 
     def __post_init__(self) -> None:
         self.events: list[Event] = []
@@ -373,6 +373,11 @@ def test_a_producer_far_ahead_of_the_engine_loses_nothing(tiny_bundle: Path) -> 
     bench.runtime.stop()
     assert bench.count("frames") == 1250
     assert bench.count("masked_frames") == 0
+
+
+def test_a_decoding_for_other_classes_is_refused(tiny_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="has 2 durations, expected one for each of 3 classes"):
+        Bench(tiny_bundle, decoding={"usual": (1.0, 2.0)})
 
 
 def test_a_session_with_too_few_slots_is_refused(tiny_bundle: Path) -> None:

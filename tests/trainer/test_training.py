@@ -193,7 +193,11 @@ def test_an_action_may_last_twice_as_long_as_the_longest_known(tmp_path: Path) -
     usual = fitted(read_config(path), corpus).decoding.usual
     assert usual is not None
     assert all(2 < seconds < 6 for seconds in usual)
-    path.write_text(path.read_text() + "decoding: {max_duration: 30}\n")
+    plain = path.read_text()
+    path.write_text(plain + "decoding: {usual: [1, 2, 3]}\n")
+    with pytest.raises(ConfigError, match="3 durations, expected one for each of 2 classes"):
+        fitted(read_config(path), corpus)
+    path.write_text(plain + "decoding: {max_duration: 30}\n")
     assert fitted(read_config(path), replace(corpus, tracks=tracks)).decoding.max_duration == 30.0
 
 

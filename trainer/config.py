@@ -143,11 +143,6 @@ class TrainConfig(Strict):
         description="frames a step, one drawn for each step of training, so that `onset export --chunk` can "
         "choose; default: `model.chunk` alone",
     )
-    teacher: Path | None = Field(
-        None,
-        description="a run on the same data with a longer `model.lookahead`, whose answers are learned too",
-    )
-    teacher_weight: float = Field(0.5, ge=0, le=1, description="of its answers, beside the truth")
     reach: float = Field(2.0, gt=0, description="seconds for which a start or an end counts as news")
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.05, ge=0)
@@ -174,8 +169,8 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _possible(self) -> Config:
-        if self.model.context == "full" and (self.train.chunks or self.train.teacher):
-            raise ValueError("`train.chunks` and `train.teacher` belong to `context: causal`")
+        if self.model.context == "full" and self.train.chunks:
+            raise ValueError("`train.chunks` belongs to `context: causal`; in full context nothing is cut")
         for chunk in self.train.chunks:
             if chunk & (chunk - 1) or chunk > self.model.chunk:
                 raise ValueError(
@@ -195,7 +190,4 @@ def read_config(path: Path) -> Config:
             "recordings": tuple(folder / place.expanduser() for place in config.data.recordings),
         }
     )
-    train = config.train
-    if train.teacher is not None:
-        train = train.model_copy(update={"teacher": folder / train.teacher.expanduser()})
-    return config.model_copy(update={"data": data, "train": train})
+    return config.model_copy(update={"data": data})

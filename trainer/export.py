@@ -200,7 +200,5 @@ def export(
 
 def _portable(config: Config) -> str:
     """The configuration without the paths of the machine that trained it."""
-    values = config.model_dump(
-        mode="json", exclude={"data": {"annotations", "recordings"}, "train": {"teacher"}}
-    )
+    values = config.model_dump(mode="json", exclude={"data": {"annotations", "recordings"}})
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -20,7 +20,6 @@ from trainer.build import CONFIG, build_detector, describe, hop_of, refuse_train
 from trainer.config import Config, TrainConfig
 from trainer.data import Corpus, Crop, Sampler, load_corpus, statistics
 from trainer.detector import Detector, look_back
-from trainer.distillation import Teacher
 from trainer.losses import diou, focal
 from trainer.offline import OfflineDetector
 from trainer.train import Loop, device_of, parameter_groups, processes, total
@@ -187,10 +186,6 @@ class OnlineTask(CropTask):
 
     def __init__(self, config: Config, corpus: Corpus, rank: int = 0, world: int = 1) -> None:
         super().__init__(config, corpus, build_detector, rank, world)
-        settings = config.train
-        self.teacher: Teacher | None = None
-        if settings.teacher is not None:
-            self.teacher = Teacher(settings.teacher, config, corpus, self.sampler.hop, self.device)
 
     def losses(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config.train
@@ -199,8 +194,6 @@ class OnlineTask(CropTask):
             assert isinstance(self.model, Detector)
             self.model.chunk = int(self.generator.choice(config.chunks))
         samples, mask, targets = batch_of(crops, self.device)
-        if self.teacher is not None:
-            targets = self.teacher.mix(samples, mask, targets, config.teacher_weight)
         parts = losses(model(samples, mask), mask, targets, config, self.sampler.reach, self.world)
         return torch.stack(list(parts.values())).sum(), parts
 
@@ -230,7 +223,5 @@ def config_text(config: Config) -> str:
     values = config.model_dump(mode="json")
     data = values["data"]
     data["annotations"] = str(Path(data["annotations"]).resolve())
-    if config.train.teacher is not None:
-        values["train"]["teacher"] = str(config.train.teacher.resolve())
     data["recordings"] = [str(Path(folder).resolve()) for folder in data["recordings"]]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,12 +56,13 @@ class Counts(Strict):
 
 
 class ClassScore(Strict):
-    """One class of the truth: how often it occurs, and its AP at each tIoU."""
+    """One class of the truth: how often it occurs, its AP at each tIoU, and its F1 at tIoU 0.5."""
 
     label: str
     instances: int
     ap: tuple[float, ...]
     average_ap: float
+    f1: float
     frame_ap: float | None = None
 
 
@@ -201,6 +203,7 @@ def score(
                 instances=int(instances[number]),
                 ap=tuple(ap.ap[:, column].tolist()),
                 average_ap=float(ap.ap[:, column].mean()),
+                f1=metrics.f1_at(_of_class(truth, number), _of_class(detections, number), F1_TIOU).f1,
                 frame_ap=_or_none(frame_ap, number),
             )
             for column, number in enumerate(ap.classes.tolist())
@@ -243,6 +246,7 @@ def _rendered(scores: Scores) -> Iterable[Table | Text]:
     for index in shown:
         classes.add_column(f"AP@{scores.tious[index]:.2f}", justify="right")
     classes.add_column("average AP", justify="right")
+    classes.add_column(f"F1@{F1_TIOU:.2f}", justify="right")
     if scores.frame_mean_ap is not None:
         classes.add_column("frame AP", justify="right")
     for item in scores.classes:
@@ -251,6 +255,7 @@ def _rendered(scores: Scores) -> Iterable[Table | Text]:
             str(item.instances),
             *(_percent(item.ap[index]) for index in shown),
             _percent(item.average_ap),
+            _percent(item.f1),
         ]
         if scores.frame_mean_ap is not None:
             cells.append("-" if item.frame_ap is None else _percent(item.frame_ap))
@@ -344,6 +349,11 @@ def _segment_table(
         end=np.array([item.end for _, item in items], dtype=np.float64),
         score=np.array([getattr(item, "score", 1.0) for _, item in items], dtype=np.float64),
     )
+
+
+def _of_class(table: Instances, label: int) -> Instances:
+    rows = table.label == label
+    return Instances(*(getattr(table, field.name)[rows] for field in fields(Instances)))
 
 
 def _start_table(items: Sequence[tuple[int, Start]], labels: dict[str, int]) -> Instances:

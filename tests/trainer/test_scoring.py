@@ -216,3 +216,23 @@ def test_released_thumos14_detections_through_the_files(tmp_path: Path) -> None:
     np.testing.assert_allclose(scores.mean_ap, expected["mAP"], rtol=0, atol=1e-9)
     assert round(100 * scores.average_mean_ap, 2) == 66.83
     assert scores.missing_recordings == 0
+
+
+def test_f1_of_each_class_is_that_of_its_own_events() -> None:
+    found = _events(
+        ("r1", "wave", 2, 6, 2.5, 7.0),
+        ("r1", "rest", 8, 12, 8.5, 14.0),
+        ("r1", "wave", 0, 1, 1.0, 1.5),
+        ("r1", "wave", 8, 9, 9.0, 9.5),
+    )
+    scores = score(found, TRUTH, "test", (0.5,))
+    assert {item.label: item.f1 for item in scores.classes} == {"rest": 1.0, "wave": pytest.approx(0.4)}
+    assert scores.counts.f1 == pytest.approx(4 / 7)
+    assert "F1@0.50" in _shown(scores)
+
+
+def _shown(scores: Scores) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    console.print(render(scores))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from engine import OnnxSession
 from stream.offline import detect_recordings
 from tests.benchmarks.pairs import Row, paired
+from tests.tiny import random_detector, write_bundle_of
 from trainer.detector import Detector, DetectorShape
 from trainer.pyramid import PyramidShape
 
@@ -59,6 +61,8 @@ def measure() -> tuple[list[Row], dict[str, object]]:
 
     rows.append(paired(f"{WINDOW}-frame window again for each chunk", again, "step, one stream", one, 50))
 
+    rows.append(_fronts())
+
     recordings = sorted((DEMO / "recordings").glob("*.npy"))
     lengths = [len(np.load(path, mmap_mode="r")) for path in recordings]
     steps = sum(lengths) // manifest.chunk_samples
@@ -79,3 +83,20 @@ def measure() -> tuple[list[Row], dict[str, object]]:
         "bundle_bytes": sum(path.stat().st_size for path in (DEMO / "bundle").iterdir()),
         "state_bytes_per_stream": session.state_bytes,
     }
+
+
+def _fronts() -> Row:
+    """A step of one ECG stream (120 Hz, two leads) with the front that sees beats, against the usual one."""
+    shape = PyramidShape(96, 4, 16, 6, expansion=2, chunk=2, relative=True)
+    steps = []
+    with tempfile.TemporaryDirectory() as folder:
+        for beats in (16, 0):
+            detector = random_detector(
+                DetectorShape(2, 6, shape, hop=24, stem_width=48, beats=beats, sample_rate=120.0)
+            )
+            bundle = write_bundle_of(detector, Path(folder) / str(beats), sample_rate=120.0)
+            session = OnnxSession(bundle, slots=1, threads=1)
+            slot = session.open()
+            samples = np.random.default_rng(0).standard_normal((1, 48, 2)).astype(np.float32)
+            steps.append(partial(session.step, [slot], samples, np.ones((1, 2), bool)))
+    return paired("step, one stream, front beats", steps[0], "the same, front signal", steps[1], 200)

@@ -60,12 +60,12 @@ def evaluate(
             f"{run}: not a run, there is no {CONFIG}; `onset train` or `onset import` makes one"
         )
     settings = read_settings(run / CONFIG)
+    if chunk is not None and (isinstance(settings, Recipe) or settings.model.context == "full"):
+        raise ConfigError("`--chunk` cuts a stream, and this run reads recordings whole")
     if isinstance(settings, Recipe):
         if shuffle is not None:
             raise ConfigError("`--shuffle` cuts raw recordings, and this run reads features of videos")
         return settings.dataset_name, _features_offline(run, subset, tiou, predictions)
-    if chunk is not None and settings.model.context == "full":
-        raise ConfigError("`--chunk` cuts a stream, and this run reads recordings whole")
     if settings.model.context == "full":
         return settings.name, _signals_offline(run, settings, subset, tiou, predictions, shuffle)
     if predictions is not None:

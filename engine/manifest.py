@@ -74,7 +74,7 @@ class Decoding(Strict):
         0.03,
         gt=0,
         le=10,
-        description="evidence to end an action that no moment ended, as a share of what it usually lasts",
+        description="evidence that an action is over, as a share of what its class usually lasts",
     )
     nms_tiou: Probability = Field(0.1, description="largest overlap of two ended segments of one class")
     min_duration: float = Field(0.0, ge=0, le=86400, description="seconds; shorter segments are dropped")
@@ -91,7 +91,7 @@ class Decoding(Strict):
             return None
         return (
             f"`decoding.usual` has {len(self.usual)} durations, expected one for each of {classes} classes; "
-            "without the key, training fills it in"
+            "leave the key out, and what the training data say is used"
         )
 
 

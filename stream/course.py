@@ -25,12 +25,15 @@ class Course:
         self._low, self._high = self._sum.copy(), self._sum.copy()
         self._low_at: NDArray[np.int64] = np.full(classes, origin, np.int64)
         self._high_at = self._low_at.copy()
+        self._open: NDArray[np.bool_] = np.zeros(classes, np.bool_)
 
     def add(self, ongoing: NDArray[np.float64], heard: int) -> None:
         """The probabilities [K] of one more frame, which ends at sample `heard`."""
         self._sum += np.rint((ongoing - GOING_ON) * 1e4).astype(np.int64)
         lower, higher = self._sum <= self._low, self._sum >= self._high
         self._low[lower], self._low_at[lower] = self._sum[lower], heard
+        # What goes on without an open action can be over, too; what has not come to go on cannot.
+        higher |= lower & ~self._open
         self._high[higher], self._high_at[higher] = self._sum[higher], heard
 
     @property
@@ -54,7 +57,9 @@ class Course:
     def opened(self, label: int, heard: int) -> None:
         """An action was announced: from here on it matters whether it is over."""
         self._high[label], self._high_at[label] = self._sum[label], heard
+        self._open[label] = True
 
     def closed(self, label: int, heard: int) -> None:
         """An action has ended: from here on it matters whether another begins."""
         self._low[label], self._low_at[label] = self._sum[label], heard
+        self._open[label] = False

@@ -358,7 +358,11 @@ class Runtime:
         if chunk.frames:
             reached = {name: values[: chunk.frames] for name, values in moments.items()}
             first_frame = (chunk.first_sample - chunk.origin) // hop
-            events.extend(stream.tracker.update(reached, first_frame, stream.now, stream.captured))
+            events.extend(
+                stream.tracker.update(
+                    reached, chunk.mask[: chunk.frames], first_frame, stream.now, stream.captured
+                )
+            )
 
     def _end_segment(self, stream: _Stream, reason: str, orderly: bool, events: list[Event]) -> None:
         if stream.tracker is None:

@@ -39,7 +39,7 @@ TIME_DIGITS = 6
 FADING, MISSED = 0.05, 4.0
 # What an action lasts where the bundle does not tell, in times of `hold`.
 USUAL = 10.0
-# An action is not ended on less evidence than this many seconds of certainty, however short it usually is.
+# The least evidence that ends an action, however short it usually is, in seconds of missing probability.
 LEAST = 0.1
 
 
@@ -96,28 +96,39 @@ class Tracker:
         usual = self._decoding.usual or tuple(USUAL * self._decoding.hold for _ in classes)
         evidence = np.maximum(LEAST, self._decoding.evidence * np.asarray(usual, np.float64))
         self._evidence = evidence * self._rate / self._hop  # in frames
+        self._told: NDArray[np.float64] = np.zeros(len(manifest.classes))  # the newest frame that was there
+        self._heard = first_sample - self._ahead  # up to when it is known what was going on
+        self._endless: set[int] = set()  # ended by `max_duration`, and not seen to be over since
 
     def update(
         self,
         moments: Mapping[str, NDArray[np.float32]],
+        mask: NDArray[np.bool_],
         first_frame: int,
         now: float,
         captured: float | None,
     ) -> list[Event]:
         """One step's outputs [chunk, ...] of this stream; `first_frame` counts from the epoch's first sample.
 
-        `now`: stream time of the chunk's end in seconds; `captured`: the producer's clock then.
+        `mask` [chunk]: which frames were there; the others say nothing, so that what goes on goes on. `now`:
+        stream time of the chunk's end in seconds; `captured`: the producer's clock then.
         """
         first = self._origin + first_frame * self._hop
         decoded = decode(moments, first, self._origin, self._hop)
+        for frame, is_there in enumerate(mask.tolist()):
+            if is_there:
+                self._told = decoded.ongoing[frame]
+            else:
+                decoded.ongoing[frame] = self._told
         self._history.add(decoded.ongoing)
         floor = min(self._start_threshold, self._end_threshold)
         spoken = np.maximum(decoded.start, decoded.end) >= floor
         events: list[Event] = []
         stamp = _Stamp(now, captured)
         for frame in range(len(decoded.now)):
-            heard = int(decoded.now[frame]) - self._ahead  # up to when it is known what was going on
-            self._course.add(decoded.ongoing[frame], heard)
+            self._heard = int(decoded.now[frame]) - self._ahead
+            if mask[frame] and self._heard > self._origin:  # what was before the stream is not evidence
+                self._course.add(decoded.ongoing[frame], self._heard)
             goes_on = self._course.risen >= MISSED * self._evidence
             busy = np.flatnonzero(spoken[frame] | goes_on).tolist()
             for label in sorted({*busy, *self._open, *self._starts, *self._ends}):
@@ -194,23 +205,30 @@ class Tracker:
         if label in self._starts or label in self._ends:
             return
         action = self._open.get(label)
-        if action is None:
-            if goes_on and ongoing >= GOING_ON:
-                self._announce_missed(label, now - self._ahead, stamp, events)
-        elif self._over(label) >= 1.0 or now - action.start >= self._longest:
-            end = self._course.ended(label)
-            self._close(label, min(max(end, action.start + 1), now), None, stamp, events)
+        is_over, is_too_long = self._over(label) >= 1.0, False
+        if action is not None:
+            is_too_long = now - action.start >= self._longest
+            if is_over or is_too_long:
+                end = self._course.ended(label)
+                self._close(label, min(max(end, action.start + 1), now), None, stamp, events)
+        elif goes_on and ongoing >= GOING_ON and label not in self._endless:
+            self._announce_missed(label, stamp, events)
+        if is_over:
+            self._endless.discard(label)
+        elif is_too_long:
+            self._endless.add(label)
 
     def _over(self, label: int) -> float:
-        """Evidence that the open action of a class is over; 1 is enough."""
+        """Evidence that what a class did is over; 1 is enough."""
         return float(self._course.fallen[label] / self._evidence[label])
 
-    def _announce_missed(self, label: int, heard: int, stamp: _Stamp, events: list[Event]) -> None:
+    def _announce_missed(self, label: int, stamp: _Stamp, events: list[Event]) -> None:
         """Announce an action that goes on although nothing said that it started."""
-        since = max(self._course.began(label), self._border[label] + 1, heard - self._longest)
-        if since >= heard or self._emitted[label].announced(since):
+        since = max(self._course.began(label), self._border[label] + 1)
+        is_old = self._heard - since >= self._longest
+        if is_old or since >= self._heard or self._emitted[label].announced(since):
             return
-        score = round(0.5 * self._history.mean(label, since, heard), SCORE_DIGITS)
+        score = round(0.5 * self._history.mean(label, since, self._heard), SCORE_DIGITS)
         if score >= self._start_threshold:
             self._announce(label, since, score, stamp, events)
 
@@ -249,7 +267,7 @@ class Tracker:
         name = self._manifest.classes[label]
         identity = instance_id(self._stream, self._epoch, self._manifest.id, name, start)
         self._open[label] = _Open(identity, start, score)
-        self._course.opened(label, stamp.sample(self._rate) - self._ahead)
+        self._course.opened(label, self._heard)
         self._starts.pop(label, None)
         events.append(self._event("action.started", label, identity, stamp, start=start, score=score))
 
@@ -279,7 +297,7 @@ class Tracker:
             score = 0.5 * action.score * self._history.mean(label, start, end)
         self._border[label] = max(self._border[label], action.start, end - self._hold)
         self._emitted[label].add(action.start, (start, end), stamp.sample(self._rate))
-        self._course.closed(label, stamp.sample(self._rate) - self._ahead)
+        self._course.closed(label, self._heard)
         events.append(self._event("action.ended", label, action.id, stamp, start=start, end=end, score=score))
 
     def _event(

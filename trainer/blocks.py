@@ -121,7 +121,7 @@ class Dropout(nn.Module):
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        self.dropped = round(256 * rate)
+        self.dropped = min(255, round(256 * rate))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.dropped:

@@ -191,7 +191,8 @@ def _fill(detector: Detector | OfflineDetector, content: dict[str, Any], run: Pa
         detector.load_state_dict(content["ema"])
     except RuntimeError:
         raise ConfigError(
-            f"{run}: its weights do not fit the `model` of its {CONFIG}; put back the one that trained it"
+            f"{run}: its weights do not fit the `model` of its {CONFIG}; put back the one that trained it, "
+            "or train again if that was another version of Onset"
         ) from None
     if not all(bool(torch.isfinite(value).all()) for value in content["ema"].values()):
         raise DataError(f"{run}: its weights are not finite; train again with a smaller learning rate")

@@ -171,12 +171,14 @@ class Config(Strict):
     def _possible(self) -> Config:
         if self.model.context == "full" and self.train.chunks:
             raise ValueError("`train.chunks` belongs to `context: causal`; in full context nothing is cut")
+        if self.train.chunks and max(self.train.chunks) != self.model.chunk:
+            raise ValueError(
+                f"the largest of `train.chunks` is {max(self.train.chunks)}, and `model.chunk`, which is "
+                f"exported unless another is chosen, {self.model.chunk}; expected the same"
+            )
         for chunk in self.train.chunks:
-            if chunk & (chunk - 1) or chunk > self.model.chunk:
-                raise ValueError(
-                    f"`train.chunks` has {chunk}, expected powers of two up to `model.chunk`, "
-                    f"{self.model.chunk}"
-                )
+            if chunk & (chunk - 1):
+                raise ValueError(f"`train.chunks` has {chunk}, expected powers of two")
         return self
 
 

@@ -7,6 +7,8 @@ For every frame t the heads answer, from what has arrived when t's chunk is comp
   end           did one end within the last `reach` frames, and
   end_offsets   how many frames ago did it start, and end? (both look back)
 
+With a look-ahead of L frames, "at t" is at t - L, and "within the last frames" before that.
+
 All heads read level 0, into which every coarser level is summed: the newest token of each level that has
 arrived when the chunk is complete. So an event waits for its chunk and never for the stride of a level,
 and the

@@ -41,7 +41,8 @@ def train_online(config: Config, run: Path, resume: bool = False, init: Path | N
 
 def fitted(config: Config, corpus: Corpus) -> Config:
     """`config` with what decoding must know of the actions that are trained on, unless it says so itself:
-    what those of each class last on average, and twice the longest as what one may last at most.
+    what those of each class last on average, and twice the longest (an hour, where that is more) as what one
+    may last at most.
 
     Raises ConfigError where it says so of another number of classes.
     """
@@ -55,8 +56,9 @@ def fitted(config: Config, corpus: Corpus) -> Config:
     every = [length for some in lengths for length in some] or [1.0]
     known = {
         # A class that training never saw will hardly be found; the average of all stands for it.
-        "usual": tuple(round(float(np.mean(some or every)), 3) for some in lengths),
-        "max_duration": min(86400.0, max(chosen.max_duration, math.ceil(2 * max(every)))),
+        "usual": tuple(round(float(np.clip(np.mean(some or every), 1e-3, 86400)), 3) for some in lengths),
+        # A tracker remembers so much of each class of each stream.
+        "max_duration": max(chosen.max_duration, float(min(3600, math.ceil(2 * max(every))))),
     }
     missing = {name: value for name, value in known.items() if name not in chosen.model_fields_set}
     return config.model_copy(update={"decoding": chosen.model_copy(update=missing)})
@@ -146,7 +148,13 @@ class CropTask:
         self.model.to(self.device)
         period = max(1 << (config.model.levels - 1), config.model.chunk)
         frames = round(config.train.crop * corpus.sample_rate / hop)
-        self.sampler = Sampler(corpus, config, hop, max(period, -(-frames // period) * period))
+        frames = max(period, -(-frames // period) * period)
+        if config.model.lookahead >= frames // 2:
+            raise ConfigError(
+                f"`model.lookahead` of {config.model.lookahead} frames leaves little to learn from crops of "
+                f"{frames}; look less far ahead, or train on longer crops (`train.crop`)"
+            )
+        self.sampler = Sampler(corpus, config, hop, frames)
         torch.manual_seed(config.seed * 1009 + rank)  # what dropout draws differs between processes
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -192,9 +200,12 @@ class OnlineTask(CropTask):
         crops = [self.sampler.draw(self.generator) for _ in range(config.batch // self.world)]
         if config.chunks:
             assert isinstance(self.model, Detector)
-            self.model.chunk = int(self.generator.choice(config.chunks))
+            # The same for all processes of a step.
+            self.model.chunk = int(np.random.default_rng([self.config.seed, step]).choice(config.chunks))
         samples, mask, targets = batch_of(crops, self.device)
-        parts = losses(model(samples, mask), mask, targets, config, self.sampler.reach, self.world)
+        answered = mask.clone()
+        answered[:, : self.sampler.lookahead] = 0.0  # these are about what was before the crop
+        parts = losses(model(samples, mask), answered, targets, config, self.sampler.reach, self.world)
         return torch.stack(list(parts.values())).sum(), parts
 
 

@@ -27,12 +27,21 @@ def test_evidence_is_what_the_sum_has_moved_since_its_turning_point(
             course.opened(1, 104 + 4 * frame)
         if frame == closed:
             course.closed(1, 104 + 4 * frame)
-    sums = np.concatenate([[0.0], np.cumsum(values[:, 1] - GOING_ON)])
-    # The newest of equal turning points, from the frame of the last opening or closing on.
-    since_open = opened + 1 if opened < frames else 0
-    since_close = closed + 1 if closed < frames else 0
-    high = max(range(since_open, frames + 1), key=lambda k: (round(sums[k], 6), k))
-    low = min(range(since_close, frames + 1), key=lambda k: (round(sums[k], 6), -k))
+    sums = np.round(np.concatenate([[0.0], np.cumsum(values[:, 1] - GOING_ON)]), 6)
+    # The newest of equal turning points: the lowest since the last closing; the highest since the last
+    # opening, or where nothing is open, since the last time that a lowest was reached.
+    low = high = 0
+    is_open = False
+    for k in range(1, frames + 1):
+        if sums[k] <= sums[low]:
+            low = k
+            high = high if is_open else k
+        if sums[k] >= sums[high]:
+            high = k
+        if k - 1 == opened:
+            high, is_open = k, True
+        if k - 1 == closed:
+            low, is_open = k, False
     assert course.fallen[1] == pytest.approx(sums[high] - sums[frames], abs=1e-9)
     assert course.risen[1] == pytest.approx(sums[frames] - sums[low], abs=1e-9)
     assert course.ended(1) == 100 + 4 * high

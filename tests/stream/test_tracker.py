@@ -44,6 +44,7 @@ def events_of(
     decoding: Decoding,
     abort: bool,
     origin: int = 0,
+    mask: NDArray[np.bool_] | None = None,
 ) -> list[Event]:
     tracker = Tracker(manifest, "s", 0, origin, decoding)
     rate, chunk = manifest.frame.sample_rate, manifest.chunk
@@ -52,7 +53,11 @@ def events_of(
     for first in range(0, len(outputs["ongoing"]), chunk):
         now = (origin + (first + chunk) * manifest.frame.hop) / rate
         events += tracker.update(
-            {n: v[first : first + chunk] for n, v in outputs.items()}, first, now, 1e9 + now
+            {n: v[first : first + chunk] for n, v in outputs.items()},
+            np.ones(chunk, bool) if mask is None else mask[first : first + chunk],
+            first,
+            now,
+            1e9 + now,
         )
     return events + (tracker.abort("lost", now, None) if abort else tracker.finish(now, None))
 

@@ -85,6 +85,7 @@ def test_crops_repeat_with_the_generator_and_keep_labels_on_the_signal(config: C
 
 
 def test_resuming_continues_bit_for_bit(config: Config, tmp_path: Path) -> None:
+    config = config.model_copy(update={"train": config.train.model_copy(update={"chunks": (1, 2)})})
     torch.set_num_threads(1)
     train(config, tmp_path / "whole")
     corpus = load_corpus(config.data, "train")
@@ -178,8 +179,10 @@ def test_one_training_serves_several_chunks(tmp_path: Path) -> None:
         )
     with pytest.raises(ConfigError, match="chunks of 1, 4 frames, not of 2"):
         export(tmp_path / "run", tmp_path / "bundle", chunk=2)
-    path.write_text(path.read_text().replace("chunk: 4", "chunk: 2"))
-    with pytest.raises(ConfigError, match="powers of two up to"):
+    path.write_text(
+        path.read_text().replace("chunk: 4", "chunk: 2")
+    )  # would be exported, and was not trained
+    with pytest.raises(ConfigError, match="is 4, and `model"):
         read_config(path)
 
 
@@ -197,6 +200,15 @@ def test_an_action_may_last_twice_as_long_as_the_longest_known(tmp_path: Path) -
     path.write_text(plain + "decoding: {usual: [1, 2, 3]}\n")
     with pytest.raises(ConfigError, match="3 durations, expected one for each of 2 classes"):
         fitted(read_config(path), corpus)
+    path.write_text(plain)
+    odd = (
+        replace(
+            corpus.tracks[0], segments=np.array([[5.0, 5.0], [0, 25 * 90000.0]]), labels=np.array([0, 1])
+        ),
+    )
+    extreme = fitted(read_config(path), replace(corpus, tracks=odd)).decoding
+    assert extreme.usual == (0.001, 86400.0)
+    assert extreme.max_duration == 3600.0, "what is remembered of a stream is as long as that"
     path.write_text(plain + "decoding: {max_duration: 30}\n")
     assert fitted(read_config(path), replace(corpus, tracks=tracks)).decoding.max_duration == 30.0
 

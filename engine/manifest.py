@@ -82,7 +82,7 @@ class Decoding(Strict):
         120.0,
         gt=0,
         le=86400,
-        description="seconds; an action open longer is ended. Training raises it to twice its longest",
+        description="seconds; longer is ended. Training raises it to twice its longest, an hour at most",
     )
 
     def misfit(self, classes: int) -> str | None:

@@ -54,9 +54,14 @@ class Course:
         """Since when it is over, if it is."""
         return int(self._high_at[label])
 
-    def opened(self, label: int, heard: int) -> None:
-        """An action was announced: from here on it matters whether it is over."""
-        self._high[label], self._high_at[label] = self._sum[label], heard
+    def passed(self, evidence: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """[K], which classes went on without an open action, and are over by so much evidence [K]."""
+        return np.asarray(~self._open & (self._high > self._low) & (self.fallen >= evidence))
+
+    def opened(self, label: int, start: int, heard: int) -> None:
+        """An action was announced: from its start on it matters whether it is over."""
+        if self._high_at[label] <= start:
+            self._high[label], self._high_at[label] = self._sum[label], heard
         self._open[label] = True
 
     def closed(self, label: int, heard: int) -> None:

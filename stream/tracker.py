@@ -120,6 +120,7 @@ class Tracker:
                 self._told = decoded.ongoing[frame]
             else:
                 decoded.ongoing[frame] = self._told
+                decoded.start[frame] = decoded.end[frame] = 0.0
         self._history.add(decoded.ongoing)
         floor = min(self._start_threshold, self._end_threshold)
         spoken = np.maximum(decoded.start, decoded.end) >= floor
@@ -129,6 +130,11 @@ class Tracker:
             self._heard = int(decoded.now[frame]) - self._ahead
             if mask[frame] and self._heard > self._origin:  # what was before the stream is not evidence
                 self._course.add(decoded.ongoing[frame], self._heard)
+                # What went on unannounced, or after its forced end, is over: the next one begins anew.
+                over = [label for label in self._endless if self._over(label) >= 1.0]
+                for label in (*over, *np.flatnonzero(self._course.passed(self._evidence)).tolist()):
+                    self._course.closed(label, self._heard)
+                    self._endless.discard(label)
             goes_on = self._course.risen >= MISSED * self._evidence
             busy = np.flatnonzero(spoken[frame] | goes_on).tolist()
             for label in sorted({*busy, *self._open, *self._starts, *self._ends}):
@@ -205,18 +211,16 @@ class Tracker:
         if label in self._starts or label in self._ends:
             return
         action = self._open.get(label)
-        is_over, is_too_long = self._over(label) >= 1.0, False
         if action is not None:
             is_too_long = now - action.start >= self._longest
-            if is_over or is_too_long:
+            if is_too_long or self._over(label) >= 1.0:
                 end = self._course.ended(label)
                 self._close(label, min(max(end, action.start + 1), now), None, stamp, events)
+            if is_too_long:
+                self._endless.add(label)
+                self._course.opened(label, now, self._heard)
         elif goes_on and ongoing >= GOING_ON and label not in self._endless:
             self._announce_missed(label, stamp, events)
-        if is_over:
-            self._endless.discard(label)
-        elif is_too_long:
-            self._endless.add(label)
 
     def _over(self, label: int) -> float:
         """Evidence that what a class did is over; 1 is enough."""
@@ -225,8 +229,7 @@ class Tracker:
     def _announce_missed(self, label: int, stamp: _Stamp, events: list[Event]) -> None:
         """Announce an action that goes on although nothing said that it started."""
         since = max(self._course.began(label), self._border[label] + 1)
-        is_old = self._heard - since >= self._longest
-        if is_old or since >= self._heard or self._emitted[label].announced(since):
+        if not 0 < self._heard - since < self._longest:
             return
         score = round(0.5 * self._history.mean(label, since, self._heard), SCORE_DIGITS)
         if score >= self._start_threshold:
@@ -255,8 +258,6 @@ class Tracker:
         found = self._starts.pop(label, None)
         if found is None or found.start <= self._border[label]:
             return
-        if self._emitted[label].announced(found.start):
-            return
         action = self._open.get(label)
         if action is not None:
             end = min(max(self._course.ended(label), action.start), found.start)
@@ -267,7 +268,8 @@ class Tracker:
         name = self._manifest.classes[label]
         identity = instance_id(self._stream, self._epoch, self._manifest.id, name, start)
         self._open[label] = _Open(identity, start, score)
-        self._course.opened(label, self._heard)
+        self._endless.discard(label)
+        self._course.opened(label, start, self._heard)
         self._starts.pop(label, None)
         events.append(self._event("action.started", label, identity, stamp, start=start, score=score))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional as F
 
 from trainer.data import FloatArray
 from trainer.detector import Detector
@@ -15,15 +14,16 @@ from trainer.detector import Detector
 def frame_scores(detector: Detector, samples: NDArray[np.float32], lookahead: int = 0) -> FloatArray:
     """How sure the detector is that each class is going on: samples [T, C] -> [T // hop, K], in [0, 1].
 
-    With a look-ahead, a frame's answer comes so many frames later; the last frames are answered as if nothing
-    came after the recording.
+    With a look-ahead, a frame's answer comes so many frames later; the last frames, whose answers would come
+    after the recording, have the last answer that was given.
 
     A frame of which a sample is not finite is missing, as in a stream.
     """
     frames = len(samples) // detector.hop
     cut = torch.from_numpy(np.ascontiguousarray(samples[: frames * detector.hop], np.float32))
     finite = torch.isfinite(cut)
-    mask = F.pad(finite.reshape(frames, -1).all(dim=1).float(), (0, lookahead))
-    there = F.pad(torch.where(finite, cut, torch.zeros_like(cut)), (0, 0, 0, lookahead * detector.hop))
-    outputs = detector(there[None], mask[None])
-    return np.asarray(torch.sigmoid(outputs["ongoing"])[0, lookahead:].numpy())
+    mask = finite.reshape(frames, -1).all(dim=1).float()
+    outputs = detector(torch.where(finite, cut, torch.zeros_like(cut))[None], mask[None])
+    said = torch.sigmoid(outputs["ongoing"])[0]
+    later = torch.arange(lookahead, frames + lookahead).clamp_max(frames - 1)
+    return np.asarray(said[later].numpy())

@@ -3,6 +3,7 @@ a batch. Under `torchrun` each process draws its own crops of the batch."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import fields
@@ -24,6 +25,8 @@ from trainer.losses import diou, focal
 from trainer.offline import OfflineDetector
 from trainer.train import Loop, device_of, parameter_groups, processes, total
 
+log = logging.getLogger(__name__)
+
 
 def train_online(config: Config, run: Path, resume: bool = False, init: Path | None = None) -> Path:
     """Train the causal detector of `config` into the folder `run`; returns the checkpoint's path.
@@ -41,8 +44,7 @@ def train_online(config: Config, run: Path, resume: bool = False, init: Path | N
 
 def fitted(config: Config, corpus: Corpus) -> Config:
     """`config` with what decoding must know of the actions that are trained on, unless it says so itself:
-    what those of each class last on average, and twice the longest (an hour, where that is more) as what one
-    may last at most.
+    what those of each class last on average, and as what one may last, twice the longest, an hour at most.
 
     Raises ConfigError where it says so of another number of classes.
     """
@@ -61,7 +63,15 @@ def fitted(config: Config, corpus: Corpus) -> Config:
         "max_duration": max(chosen.max_duration, float(min(3600, math.ceil(2 * max(every))))),
     }
     missing = {name: value for name, value in known.items() if name not in chosen.model_fields_set}
-    return config.model_copy(update={"decoding": chosen.model_copy(update=missing)})
+    decoding = chosen.model_copy(update=missing)
+    if max(every) > decoding.max_duration:
+        log.warning(
+            "an action of training lasts %.0f s, and in a stream is ended after %.0f s; set "
+            "`decoding.max_duration` for more: a stream's memory grows with it",
+            max(every),
+            decoding.max_duration,
+        )
+    return config.model_copy(update={"decoding": decoding})
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -24,7 +24,7 @@ def test_evidence_is_what_the_sum_has_moved_since_its_turning_point(
     for frame, row in enumerate(values):
         course.add(row, 104 + 4 * frame)
         if frame == opened:
-            course.opened(1, 104 + 4 * frame)
+            course.opened(1, 104 + 4 * frame, 104 + 4 * frame)
         if frame == closed:
             course.closed(1, 104 + 4 * frame)
     sums = np.round(np.concatenate([[0.0], np.cumsum(values[:, 1] - GOING_ON)]), 6)

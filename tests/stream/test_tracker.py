@@ -72,6 +72,8 @@ decodings = st.builds(
     nms_tiou=st.sampled_from([0.0, 0.1, 0.5]),
     min_duration=st.sampled_from([0.0, 0.5]),
     max_duration=st.sampled_from([2.0, 20.0]),
+    usual=st.sampled_from([None, (0.5, 3.0, 30.0)]),
+    evidence=st.sampled_from([0.01, 0.1]),
 )
 
 
@@ -85,13 +87,15 @@ def manifest(tiny_bundle: Path) -> Manifest:
     seed=st.integers(0, 2**31), spread=st.sampled_from([0.5, 1.5, 4.0]),
     calm=st.sampled_from([0.0, 0.8, 0.98]), decoding=decodings,
     abort=st.booleans(), origin=st.sampled_from([0, 12345]), lookahead=st.sampled_from([0, 7]),
+    chunk=st.sampled_from([1, 2, 8]), gaps=st.sampled_from([0.0, 0.1, 0.6]),
 )  # fmt: skip
 def test_events_keep_their_promises(
     manifest: Manifest, seed: int, spread: float, calm: float, decoding: Decoding, abort: bool, origin: int,
-    lookahead: int,
+    lookahead: int, chunk: int, gaps: float,
 ) -> None:  # fmt: skip
-    manifest = manifest.model_copy(update={"lookahead": lookahead})
-    events = events_of(manifest, outputs_of(seed, 200, spread, calm), decoding, abort, origin)
+    manifest = manifest.model_copy(update={"lookahead": lookahead, "chunk": chunk})
+    mask = np.random.default_rng(seed).random(200) >= gaps
+    events = events_of(manifest, outputs_of(seed, 200, spread, calm), decoding, abort, origin, mask)
     stories: dict[str, list[Event]] = defaultdict(list)
     for event in events:
         assert event.instance_id is not None
@@ -130,18 +134,94 @@ def test_random_outputs_do_make_events(manifest: Manifest) -> None:
     assert min(kinds.count(kind) for kind in ("action.started", "action.ended", "action.aborted")) > 3
 
 
-@pytest.mark.parametrize("lookahead", [0, 6])
-def test_a_clear_action_is_reported_once_and_soon(manifest: Manifest, lookahead: int) -> None:
-    """Class b from frame 30 to 80; each head says so for ten frames afterwards, `lookahead` frames later."""
-    frames = 140
-    manifest = manifest.model_copy(update={"lookahead": lookahead})
-    outputs = {
+def silence(frames: int) -> dict[str, NDArray[np.float32]]:
+    """Outputs of the tiny bundle's classes a, b and c that say nothing."""
+    return {
         "ongoing": np.full((frames, 3), -6, np.float32),
         "start": np.full((frames, 3), -6, np.float32),
         "start_offset": np.zeros((frames, 1), np.float32),
         "end": np.full((frames, 3), -6, np.float32),
         "end_offsets": np.ones((frames, 2), np.float32),
     }
+
+
+def seen(events: list[Event]) -> list[tuple[str, float | None, float | None]]:
+    return [(event.type.removeprefix("action."), event.start, event.end) for event in events]
+
+
+def test_missing_frames_are_no_evidence_that_an_action_is_over(manifest: Manifest) -> None:
+    """What the network says of them is the same whatever came before."""
+    outputs = silence(160)
+    outputs["ongoing"][30:100, 1] = 6
+    outputs["ongoing"][50:70, 1] = -4
+    there = np.ones(160, bool)
+    assert len(events_of(manifest, outputs, Decoding(usual=(4.0, 4.0, 4.0)), False)) == 4
+    there[50:70] = False
+    found = seen(events_of(manifest, outputs, Decoding(usual=(4.0, 4.0, 4.0)), False, mask=there))
+    assert found == [("started", 2.4, None), ("ended", 2.4, 8.0)]
+
+
+def test_an_end_before_the_class_fades_is_none_however_long_nothing_was_open(manifest: Manifest) -> None:
+    for idle in (0, 60, 400):
+        outputs = silence(idle + 120)
+        outputs["ongoing"][idle : idle + 80, 1] = 1
+        outputs["end"][idle + 40, 1] = 6  # said in the middle, of a stretch that began eight frames ago
+        outputs["end_offsets"][idle + 40] = (0.0, np.log(8))
+        found = seen(events_of(manifest, outputs, Decoding(usual=(2.0, 2.0, 2.0)), False))
+        start, end = idle * 0.08, (idle + 80) * 0.08
+        assert [kind for kind, *_ in found] == ["started", "ended"], (idle, found)
+        assert found[1][1:] == (pytest.approx(start), pytest.approx(end)), (idle, found)
+
+
+def test_a_doubt_ends_a_short_class_and_not_a_long_one(manifest: Manifest) -> None:
+    outputs = silence(300)
+    outputs["ongoing"][30:150, 1:] = 6
+    outputs["ongoing"][80:95, 1:] = -6  # 1.2 s
+    outputs["start"][31, 2] = 6
+    outputs["start_offset"][31] = np.log(np.expm1(2.0))
+    decoding = Decoding(usual=(5.0, 2.0, 60.0), start_threshold=0.1)
+    events = events_of(manifest, outputs, decoding, False)
+    assert [seen([e])[0][0] for e in events if e.label == "b"] == ["started", "ended"] * 2
+    assert seen([e for e in events if e.label == "c"])[1:] == [("ended", 2.4, 12.0)]
+    stubborn = decoding.model_copy(update={"evidence": 0.3})
+    assert len([e for e in events_of(manifest, outputs, stubborn, False) if e.label == "b"]) == 2
+
+
+def test_what_never_ends_is_ended_once(manifest: Manifest) -> None:
+    """A class that is stuck: after `max_duration` it is not announced again before it has been over."""
+    outputs = silence(1000)
+    outputs["ongoing"][10:600, 0] = 3
+    outputs["ongoing"][700:800, 0] = 3
+    decoding = Decoding(max_duration=10.0, usual=(2.0, 2.0, 2.0))
+    kinds = [kind for kind, *_ in seen(events_of(manifest, outputs, decoding, False))]
+    assert kinds == ["started", "ended"] * 2
+
+
+@pytest.mark.parametrize("last", [50, 56, 58, 66, 75])
+def test_after_one_that_never_ends_the_next_is_announced(manifest: Manifest, last: int) -> None:
+    """However soon after its forced end, at 2 s, it is over."""
+    outputs = silence(300)
+    outputs["ongoing"][30:last, 0] = outputs["ongoing"][200:224, 0] = 6
+    decoding = Decoding(max_duration=2.0, usual=(2.0, 2.0, 2.0))
+    found = seen(events_of(manifest, outputs, decoding, False))
+    assert [kind for kind, *_ in found] == ["started", "ended"] * 2
+    assert found[2:] == [("started", 16.0, None), ("ended", 16.0, 17.92)]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 8])
+def test_times_do_not_move_with_the_chunk(manifest: Manifest, chunk: int) -> None:
+    outputs = silence(160)
+    outputs["ongoing"][31:81, 2] = 2
+    events = events_of(manifest.model_copy(update={"chunk": chunk}), outputs, Decoding(), False)
+    assert seen(events) == [("started", 2.48, None), ("ended", 2.48, 6.48)]
+
+
+@pytest.mark.parametrize("lookahead", [0, 6])
+def test_a_clear_action_is_reported_once_and_soon(manifest: Manifest, lookahead: int) -> None:
+    """Class b from frame 30 to 80; each head says so for ten frames afterwards, `lookahead` frames later."""
+    frames = 140
+    manifest = manifest.model_copy(update={"lookahead": lookahead})
+    outputs = silence(frames)
     later = lookahead
     started_at, ended_at = slice(31 + later, 41 + later), slice(81 + later, 91 + later)
     outputs["ongoing"][30 + later : 80 + later, 1] = 6
@@ -163,13 +243,7 @@ def test_a_clear_action_is_reported_once_and_soon(manifest: Manifest, lookahead:
 
 def test_an_action_whose_start_was_missed_is_announced_late_and_once(manifest: Manifest) -> None:
     """Class b from frame 30 to 80; nothing says that it starts, nor that it ends."""
-    outputs = {
-        "ongoing": np.full((160, 3), -6, np.float32),
-        "start": np.full((160, 3), -6, np.float32),
-        "start_offset": np.zeros((160, 1), np.float32),
-        "end": np.full((160, 3), -6, np.float32),
-        "end_offsets": np.ones((160, 2), np.float32),
-    }
+    outputs = silence(160)
     outputs["ongoing"][30:80, 1] = 6
     outputs["ongoing"][50:55, 1] = -6  # a doubt: less evidence than it takes to end it
     started, ended = events_of(manifest, outputs, Decoding(hold=0.5), False)
@@ -179,8 +253,10 @@ def test_an_action_whose_start_was_missed_is_announced_late_and_once(manifest: M
     assert (ended.type, ended.start, ended.end) == ("action.ended", 2.4, 6.4)
     assert started.score is not None
     assert started.score <= 0.5, "half of what its course is worth"
-    outputs["ongoing"][30:80, 1] = -0.7  # going on, but hardly: half of that is below the threshold
-    assert events_of(manifest, outputs, Decoding(hold=0.5), False) == []
+    for logit, announced in ((-0.45, []), (-0.35, ["started", "ended"])):
+        outputs["ongoing"][30:150, 1] = logit  # half of 0.389 is below the threshold, half of 0.413 is not
+        found = seen(events_of(manifest, outputs, Decoding(hold=0.5), False))
+        assert [kind for kind, *_ in found] == announced
 
 
 @given(

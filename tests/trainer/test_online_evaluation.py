@@ -20,7 +20,7 @@ def test_frame_scores_are_those_of_the_step_with_what_is_missing_masked() -> Non
     assert said.shape == (40, 3)
     # With a look-ahead the same is said, of earlier frames.
     np.testing.assert_allclose(frame_scores(detector, samples, 3)[:37], said[3:], rtol=1e-4, atol=1e-5)
-    assert frame_scores(detector, samples, 3).shape == (40, 3)
+    np.testing.assert_allclose(frame_scores(detector, samples, 3)[37:], said[[39] * 3], rtol=1e-4, atol=1e-5)
     state = detector.zero_state(1)
     for chunk in range(20):
         piece = torch.from_numpy(np.nan_to_num(samples[8 * chunk : 8 * chunk + 8]))[None]

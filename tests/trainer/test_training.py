@@ -177,6 +177,19 @@ def test_one_training_serves_several_chunks(tmp_path: Path) -> None:
             == OnnxSession(tmp_path / "bundle", slots=1, threads=1).manifest.chunk
             == (chunk or 4)
         )
+    _, detector, _ = load_run(tmp_path / "run")
+    samples = np.random.default_rng(0).normal(size=(1, 5 * 24, 3)).astype(np.float32)
+    for chunk in (1, 4):
+        export(tmp_path / "run", tmp_path / "bundle", chunk=chunk)
+        session = OnnxSession(tmp_path / "bundle", slots=1, threads=1)
+        slot, detector.chunk, there = session.open(), chunk, np.ones((1, chunk), bool)
+        said = [
+            session.step([slot], samples[:, 5 * k : 5 * (k + chunk)], there)["start"][0]
+            for k in range(0, 24, chunk)
+        ]
+        with torch.no_grad():
+            whole = detector(torch.from_numpy(samples), torch.ones(1, 24))["start"][0].numpy()
+        np.testing.assert_allclose(np.concatenate(said), whole, rtol=0, atol=2e-4)
     with pytest.raises(ConfigError, match="chunks of 1, 4 frames, not of 2"):
         export(tmp_path / "run", tmp_path / "bundle", chunk=2)
     path.write_text(

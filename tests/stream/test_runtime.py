@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -373,6 +374,25 @@ def test_a_producer_far_ahead_of_the_engine_loses_nothing(tiny_bundle: Path) -> 
     bench.runtime.stop()
     assert bench.count("frames") == 1250
     assert bench.count("masked_frames") == 0
+
+
+def test_short_gaps_end_no_action_of_a_real_recording(tmp_path: Path) -> None:
+    """A second is lost every half minute; what was going on goes on."""
+    demo = Path(__file__).resolve().parents[2] / "deploy" / "demo"
+    samples = np.load(demo / "recordings" / "hapt_u02_e03.npy").astype(np.float32)
+    gaps = np.arange(20.0, len(samples) / RATE - 5, 30.0)
+    ends = []
+    for lost in (False, True):
+        for gap in gaps if lost else ():
+            samples[round(gap * RATE) : round((gap + 1) * RATE)] = np.nan
+        np.save(tmp_path / "r.npy", samples)
+        detect_recordings(demo / "bundle", [tmp_path / "r.npy"], tmp_path / "events.jsonl", threads=1)
+        events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+        ends.append(np.array([event["end"] for event in events if event["type"] == "action.ended"]))
+    near = [int((np.abs(found[:, None] - gaps - 0.5) < 1.1).any(axis=0).sum()) for found in ends]
+    assert len(gaps) == 12
+    assert near[1] <= near[0], "a gap is where an action ended"
+    assert abs(len(ends[1]) - len(ends[0])) <= 1
 
 
 def test_a_decoding_for_other_classes_is_refused(tiny_bundle: Path) -> None:

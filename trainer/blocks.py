@@ -71,15 +71,15 @@ class Conv(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, reach: Reach) -> Tensor:
         """[B, T, D_in] -> [B, T / stride, D_out], zero where `mask` [B, T / stride, 1] is."""
-        weight = self.weight.reshape(self.kernel, x.shape[2], -1)
         if self.stride > 1:
             views = taps(x, self.kernel, self.stride, self.name, reach, reach.exists)
             y = torch.cat(views, dim=-1) @ self.weight
         elif reach.memory is None:
             side = self.kernel // 2
-            y = slide(F.pad(x, (0, 0, side, side)), weight)
+            y = slide(F.pad(x, (0, 0, side, side)), self.weight, self.kernel)
         else:
-            y = slide(reach.memory.extend(self.name, x, self.kernel - 1, reach.exists), weight)
+            x = reach.memory.extend(self.name, x, self.kernel - 1, reach.exists)
+            y = slide(x, self.weight, self.kernel)
         if self.bias is not None:
             y = y + self.bias
         return y * mask

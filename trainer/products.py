@@ -106,17 +106,20 @@ class _Slide(torch.autograd.Function):
         return to_rows, to_weight
 
 
-def slide(x: Tensor, weight: Tensor) -> Tensor:
+def slide(x: Tensor, flat: Tensor, kernel: int) -> Tensor:
     """A convolution that pads nothing, [B, T + kernel - 1, D_in] -> [B, T, D_out].
 
-    `weight` [kernel, D_in, D_out]. All clips of the batch are one run of rows; the outputs that straddle two
+    `flat` [kernel * D_in, D_out]. All clips of the batch are one run of rows; the outputs that straddle two
     clips are left out.
     """
     batch, total, width = x.shape
-    more = len(weight) - 1
-    if torch.onnx.is_in_onnx_export():  # one product for the tracer, which knows no functions of ours
-        views = [x[:, k : k + total - more] for k in range(more + 1)]
-        return torch.cat(views, dim=-1) @ weight.reshape(-1, weight.shape[2])
+    more = kernel - 1
+    if torch.onnx.is_in_onnx_export():
+        # One product for the tracer, which knows no functions of ours; with the weight as it is: one that is
+        # reshaped in the graph is no constant, and a product with it rounds by the number of threads.
+        views = [x[:, k : k + total - more] for k in range(kernel)]
+        return torch.cat(views, dim=-1) @ flat
+    weight = flat.reshape(kernel, width, -1)
     y: Tensor = _Slide.apply(x.reshape(-1, width), weight)  # type: ignore[no-untyped-call]
     if batch > 1 and more:
         y = F.pad(y, (0, 0, 0, more)).reshape(batch, total, -1)[:, : total - more]

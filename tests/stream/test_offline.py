@@ -16,7 +16,7 @@ DECODINGS = (
     Decoding(),
     Decoding(start_threshold=0.0, end_threshold=0.0, gate=0.0, confident=0.0, hold=0.0),
     Decoding(start_threshold=0.05, end_threshold=0.4, gate=0.05, confident=0.9, hold=0.5),
-    Decoding(start_threshold=0.5, end_threshold=0.1, confident=0.2, hold=2.0, min_duration=0.3),
+    Decoding(start_threshold=0.3, end_threshold=0.1, confident=0.2, hold=1.0, min_duration=0.1),
 )
 
 

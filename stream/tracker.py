@@ -14,8 +14,7 @@ For each class there is at most one open action and one pending candidate for a 
 
 Invariants (tests/stream/test_tracker.py): every instance is started once, then ended or aborted once;
 `start <= end <= time`; times of emission never decrease; ended segments of one class do not overlap by
-more than
-`nms_tiou`; the state is bounded.
+more than `nms_tiou`; the state is bounded.
 """
 
 from __future__ import annotations

@@ -11,8 +11,7 @@ With a look-ahead of L frames, "at t" is at t - L, and "within the last frames" 
 
 All heads read level 0, into which every coarser level is summed: the newest token of each level that has
 arrived when the chunk is complete. So an event waits for its chunk and never for the stride of a level,
-and the
-start of a long action is seen by the level that spans it.
+and the start of a long action is seen by the level that spans it.
 """
 
 from __future__ import annotations

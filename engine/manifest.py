@@ -174,6 +174,11 @@ class Manifest(Strict):
         return f"{self.name}@{self.graph_sha256[:12]}"
 
     @property
+    def period(self) -> int:
+        """Frames after which the grids of all levels meet again; a state of zeros is right only there."""
+        return max(self.chunk, 1 << (self.levels - 1))
+
+    @property
     def chunk_samples(self) -> int:
         """Samples that one step takes."""
         return self.chunk * self.frame.hop

@@ -8,12 +8,17 @@ trace in it, however long an action lasts, and both are known at constant cost.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 # A class with at least this probability counts as going on. Below a half, since the focal loss that it was
 # learned with makes probabilities modest.
 GOING_ON = 0.3
+
+_SAVED = ("sum", "low", "high", "low_at", "high_at", "open")
 
 
 class Course:
@@ -35,6 +40,16 @@ class Course:
         # What goes on without an open action can be over, too; what has not come to go on cannot.
         higher |= lower & ~self._open
         self._high[higher], self._high_at[higher] = self._sum[higher], heard
+
+    def save(self) -> dict[str, list[int]]:
+        """The running sums, in plain values."""
+        return {name: getattr(self, f"_{name}").astype(int).tolist() for name in _SAVED}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what was saved. Raises ValueError when that was of other classes."""
+        for name in _SAVED:
+            own = getattr(self, f"_{name}")
+            own[:] = np.array(saved[name]).reshape(own.shape)
 
     @property
     def risen(self) -> NDArray[np.float64]:

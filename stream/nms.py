@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 
 def overlap(a: tuple[int, int], b: tuple[int, int]) -> float:
@@ -20,6 +21,16 @@ class Emitted:
         self._horizon = horizon
         self._segments: deque[tuple[int, int]] = deque()
         self._starts: deque[int] = deque()
+
+    def save(self) -> list[list[int]]:
+        """What is remembered: (start, end, announced start) each."""
+        return [[*segment, start] for segment, start in zip(self._segments, self._starts, strict=True)]
+
+    def restore(self, saved: Iterable[tuple[int, int, int]]) -> None:
+        """Remember what was saved."""
+        for start, end, announced in saved:
+            self._segments.append((start, end))
+            self._starts.append(announced)
 
     def suppresses(self, segment: tuple[int, int], tiou: float) -> bool:
         """Does `segment` overlap an emitted one by more than `tiou`?"""

@@ -18,13 +18,29 @@ Pure: no clock, no I/O, memory fixed at construction.
 from __future__ import annotations
 
 from bisect import bisect_right, insort
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
+
+
+# The fields of a ring that are plain values, and make up its state together with samples and anchors.
+_SAVED = (
+    "head",
+    "next",
+    "given_up",
+    "origin",
+    "history_start",
+    "broken",
+    "after_gap",
+    "end",
+    "flushing",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +194,36 @@ class Ring:
     def finishing(self) -> bool:
         """`finish` was called, and something before the end may still come."""
         return self._end is not None and not self._flushing
+
+    def save(self) -> dict[str, Any]:
+        """All that the ring holds and what it still waits for, in plain values and bytes.
+
+        Popped samples are left out: nothing asks for them again but `history`, and counting repeats.
+        """
+        values = {name: getattr(self, f"_{name}") for name in _SAVED}
+        stop = self._next if self._head is None else max(self._next, self._head)
+        slots = self._slots(self._next, min(stop, self._next + self.capacity))
+        present = self._present[slots]
+        return values | {
+            "anchors": [list(anchor) for anchor in self._anchors],
+            "present": present.tobytes(),
+            "samples": self._samples[slots[present]].astype("<f4").tobytes(),
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Become the ring that was saved. Raises ValueError when it was one of another shape."""
+        present = np.frombuffer(saved["present"], np.bool_)
+        samples = np.frombuffer(saved["samples"], "<f4")
+        channels = self._samples.shape[1]
+        if len(present) > self.capacity or len(samples) != np.count_nonzero(present) * channels:
+            raise ValueError(f"a ring of other channels or capacity than {channels} and {self.capacity}")
+        for name in _SAVED:
+            setattr(self, f"_{name}", saved[name])
+        self._anchors = [(int(seq), float(time)) for seq, time in saved["anchors"]]
+        slots = self._slots(self._next, self._next + len(present))
+        self._present[slots] = present
+        self._samples[slots[present]] = samples.reshape(-1, channels)
+        self._history_start = max(self._history_start, self._next)
 
     def cut(self) -> None:
         """End the segment behind the last popped chunk; another begins at the next sample."""

@@ -20,24 +20,25 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import ConfigError, EngineError
 from engine.manifest import Decoding
-from engine.session import Session, Slot
+from engine.session import Session
 from stream.config import RuntimeSettings
 from stream.counters import Counters
 from stream.events import Event, EventType
+from stream.live_stream import LiveStream
 from stream.ring import Chunk, End, Gap, Ring
 from stream.throttle import Throttle
-from stream.tracker import TIME_DIGITS, Tracker
+from stream.tracker import TIME_DIGITS, OpenAction, Tracker
 from stream.wire import Message
 
 log = logging.getLogger(__name__)
 
-END_OF_STREAM = "end of stream"
 RESTARTED = "restarted by its producer"
 IDLE = "idle"
 STOPPED = "service stopped"
@@ -49,27 +50,18 @@ EventSink = Callable[[Sequence[Event]], None]
 _REMEMBERED_PER_STREAM = 16
 
 
-@dataclass
-class _Stream:
-    """All that the runtime holds of one stream in one epoch of its producer."""
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a stream stands: what is to be known of it even if nothing else is left."""
 
-    id: str
+    is_open: bool
     epoch: int
-    number: int  # streams are served in order of opening
-    ring: Ring
-    slot: Slot
-    seen: float  # when new samples came last, on the runtime's clock
-    floor: int = 0  # samples before this one were in an earlier life of the same epoch
-    reach: int = 0  # one past the newest sample
-    tracker: Tracker | None = None  # None: no segment is under way
-    pending: Message | None = None  # the message of which `ring` did not take all
-    offset: int = 0  # samples of it that were taken
-    closing: bool = False  # flush the ring once it has taken `pending`
-    item: Chunk | Gap | End | None = None  # what the next round does with this stream
-    now: float = 0.0  # stream time of the last event, seconds
-    captured: float | None = None  # the producer's clock then
-    reason: str = END_OF_STREAM
-    orderly: bool = True  # open actions end with the stream
+    reach: int  # one past its newest sample
+    life: int = 0  # another number whenever it opens again
+    chunks: int = 0
+    actions: Sequence[OpenAction] = ()
+    now: float = 0.0
+    captured: float | None = None
 
 
 class Runtime:
@@ -98,8 +90,8 @@ class Runtime:
         if misfit := self._decoding.misfit(len(session.manifest.classes)):
             raise ConfigError(misfit)
         self._rate = session.manifest.frame.sample_rate
-        self._streams: dict[str, _Stream] = {}
-        self._ready: dict[str, _Stream] = {}
+        self._streams: dict[str, LiveStream] = {}
+        self._ready: dict[str, LiveStream] = {}
         self._ended: OrderedDict[str, tuple[int, int]] = (
             OrderedDict()
         )  # id -> epoch, one past its last sample
@@ -113,6 +105,16 @@ class Runtime:
         return list(self._streams)
 
     @property
+    def rate(self) -> float:
+        """Samples a second of every stream."""
+        return self._rate
+
+    def life(self, stream: str) -> int | None:
+        """A number that is another whenever the stream opens again; None: it is not open."""
+        found = self._streams.get(stream)
+        return None if found is None else found.number
+
+    @property
     def has_ready(self) -> bool:
         """Whether `run_ready` has something to do."""
         return bool(self._ready)
@@ -121,20 +123,26 @@ class Runtime:
         """Whether `run_ready` has something to do for this stream."""
         return stream in self._ready
 
-    def offer(self, message: Message) -> None:
+    def offer(self, message: Message, at: float | None = None) -> None:
         """Take one message, whose rate and channels are the bundle's (`wire.decode` sees to that).
 
         Steps first, as often as needed, where the stream has not yet digested its message before this one.
+        `at` is when it came, where that is known better than by the clock: what a silence before it means is
+        then decided here, so that a log of messages always means the same.
         """
         self.counters.messages.inc()
         self.counters.samples.inc(len(message.samples))
         while (stream := self._streams.get(message.stream)) is not None and stream.pending is not None:
             self.run_ready()
+        now = self._clock() if at is None else at
+        if stream is not None and at is not None:
+            self._look_at(stream, at)
+            stream = self._streams.get(message.stream)
         if stream is not None and message.epoch > stream.epoch:
             self._run_out(stream, RESTARTED, orderly=False)
             stream = None
         if stream is None:
-            stream = self._open(message)
+            stream = self._open(message, now)
             if stream is None:
                 return
         n = len(message.samples)
@@ -144,7 +152,7 @@ class Runtime:
         skip = min(n, max(0, stream.floor - message.seq))
         if skip:
             self._count_late(message, skip)
-        stream.pending, stream.offset = message, skip
+        stream.pending, stream.offset, stream.arrived = message, skip, now
         self._fill(stream)
 
     def run_ready(self) -> int:
@@ -165,19 +173,26 @@ class Runtime:
             found.closing = True
             self._fill(found)
 
-    def tick(self) -> None:
-        """Look at the clock: lose the streams that fell silent, stop waiting for what does not come."""
-        now = self._clock()
-        for stream in list(self._streams.values()):
-            quiet = now - stream.seen
-            if stream.item is not None or stream.pending is not None:
-                continue  # the engine is behind, not the producer
-            if stream.ring.finishing and quiet > self._settings.reorder:
-                self.end(stream.id)
-            elif quiet > self._settings.idle_timeout:
-                self.counters.streams_evicted.inc()
-                self._throttle.warning("stream lost", f"{stream.id!r} sent nothing for {quiet:.1f} s")
-                self._run_out(stream, IDLE, orderly=False)
+    def tick(self, now: float | None = None, streams: Iterable[str] | None = None) -> None:
+        """Look at the clock (or at `now`), for all streams or some: lose those that fell silent, stop waiting
+        for what does not come."""
+        now = self._clock() if now is None else now
+        for name in list(self._streams if streams is None else streams):
+            stream = self._streams.get(name)
+            if stream is not None and stream.is_settled:  # else the engine is behind, not the producer
+                self._look_at(stream, now)
+
+    def _look_at(self, stream: LiveStream, now: float) -> None:
+        quiet = now - stream.seen
+        if stream.ring.finishing and quiet > self._settings.reorder:
+            stream.closing = True
+            while self._streams.get(stream.id) is stream:
+                self._fill(stream)
+                self._round([stream])
+        elif quiet > self._settings.idle_timeout:
+            self.counters.streams_evicted.inc()
+            self._throttle.warning("stream lost", f"{stream.id!r} sent nothing for {quiet:.1f} s")
+            self._run_out(stream, IDLE, orderly=False)
 
     def stop(self, reason: str = STOPPED) -> None:
         """Process all that was offered, then end every stream in order; open actions end with it."""
@@ -185,7 +200,76 @@ class Runtime:
         for stream in list(self._streams.values()):
             self._run_out(stream, reason, orderly=True)
 
-    def _open(self, message: Message) -> _Stream | None:
+    def standing(self, stream: str) -> Standing | None:
+        """What a successor has to know of a stream; None: nothing is known of it."""
+        found = self._streams.get(stream)
+        if found is None:
+            ended = self._ended.get(stream)
+            return None if ended is None else Standing(False, *ended)
+        return Standing(
+            True,
+            found.epoch,
+            found.reach,
+            found.number,
+            found.chunks,
+            found.open_actions,
+            found.now,
+            found.captured,
+        )
+
+    def save(self, stream: str) -> dict[str, Any]:
+        """What `restore` takes; all that was offered must have been digested (`drain`)."""
+        return self._streams[stream].save()
+
+    def save_tracker(self, stream: str) -> dict[str, Any] | None:
+        """What `wake` takes."""
+        tracker = self._streams[stream].tracker
+        return None if tracker is None else tracker.save()
+
+    def restore(self, stream: str, saved: Mapping[str, Any]) -> bool:
+        """Put a saved stream in place, asleep: no event comes of it until `wake`. False: it found no place.
+
+        Raises ValueError, KeyError or TypeError when what was saved does not fit this bundle.
+        """
+        if len(self._streams) >= self._settings.max_streams:
+            self._refuse(stream)
+            return False
+        found = self._admit(stream, saved["epoch"], saved["seen"], saved["floor"])
+        try:
+            found.restore(saved)
+        except (ValueError, KeyError, TypeError):
+            self.forget([stream])
+            raise
+        return True
+
+    def wake(
+        self, stream: str, tracker: Mapping[str, Any] | None, adopted: Sequence[OpenAction] | None = None
+    ) -> None:
+        """From here on events come of a restored stream: as its saved tracker would have it, or (`tracker`
+        None) a new one, which goes on with the actions `adopted`, if any are given."""
+        found = self._streams[stream]
+        if tracker is not None:
+            found.tracker = Tracker.restored(tracker, self._manifest, stream, found.epoch, self._decoding)
+        found.asleep, found.adopted = False, adopted
+
+    def forget(self, streams: Iterable[str]) -> None:
+        """Know nothing of these streams any more, without an event: somebody else goes on with them."""
+        for name in streams:
+            self._ended.pop(name, None)
+            found = self._streams.pop(name, None)
+            if found is not None:
+                self._ready.pop(name, None)
+                self._session.close(found.slot)
+        self.counters.open_streams.set(len(self._streams))
+
+    def remember_ended(self, stream: str, epoch: int, reach: int) -> None:
+        """A stream ended there: what comes late of it does not open it again."""
+        self._ended[stream] = epoch, reach
+        self._ended.move_to_end(stream)
+        if len(self._ended) > _REMEMBERED_PER_STREAM * self._settings.max_streams:
+            self._ended.popitem(last=False)
+
+    def _open(self, message: Message, now: float) -> LiveStream | None:
         """A place for the stream of this message; None where it has none or needs none."""
         floor = 0
         ended = self._ended.get(message.stream)
@@ -202,23 +286,21 @@ class Runtime:
         if len(self._streams) >= self._settings.max_streams:
             self._refuse(message.stream)
             return None
-        frame = self._manifest.frame
-        ring = Ring(
-            frame.hop,
-            self._manifest.chunk,
-            frame.channels,
-            self._rate,
-            self._settings.reorder,
-            self._settings.max_gap,
-        )
+        return self._admit(message.stream, message.epoch, now, floor)
+
+    def _admit(self, name: str, epoch: int, now: float, floor: int) -> LiveStream:
         self._opened += 1
-        stream = _Stream(
-            message.stream, message.epoch, self._opened, ring, self._session.open(), self._clock(), floor
-        )
-        self._streams[stream.id] = stream
-        self._refused.pop(stream.id, None)
+        stream = LiveStream(name, epoch, self._opened, self._new_ring(), self._session.open(), now, floor)
+        self._streams[name] = stream
+        self._refused.pop(name, None)
         self.counters.open_streams.set(len(self._streams))
         return stream
+
+    def _new_ring(self) -> Ring:
+        frame, settings = self._manifest.frame, self._settings
+        return Ring(
+            frame.hop, self._manifest.chunk, frame.channels, self._rate, settings.reorder, settings.max_gap
+        )
 
     def _refuse(self, stream: str) -> None:
         self.counters.refused.labels("max_streams").inc()
@@ -232,7 +314,7 @@ class Runtime:
             f"{stream!r} is refused, {self._settings.max_streams} streams are open; raise `max_streams`",
         )
 
-    def _beyond_end(self, stream: _Stream, message: Message) -> bool:
+    def _beyond_end(self, stream: LiveStream, message: Message) -> bool:
         end = stream.ring.end
         return stream.ring.flushing or (end is not None and message.seq + len(message.samples) > end)
 
@@ -244,7 +326,7 @@ class Runtime:
             "they were given up; a producer that starts again must send a higher epoch",
         )
 
-    def _fill(self, stream: _Stream) -> None:
+    def _fill(self, stream: LiveStream) -> None:
         """Move what is pending into the ring, and what is ready in the ring to where a round finds it."""
         ring = stream.ring
         if stream.item is None:
@@ -256,7 +338,7 @@ class Runtime:
                 pushed = ring.push(message.seq + stream.offset, rest, anchor)
                 stream.offset += pushed.taken
                 if pushed.new:
-                    stream.seen = self._clock()
+                    stream.seen = stream.arrived
                     stream.reach = max(stream.reach, message.seq + stream.offset)
                 self.counters.repeated.inc(pushed.repeated)
                 if pushed.late:
@@ -280,7 +362,7 @@ class Runtime:
         else:
             self._ready.pop(stream.id, None)
 
-    def _run_out(self, stream: _Stream, reason: str, orderly: bool) -> None:
+    def _run_out(self, stream: LiveStream, reason: str, orderly: bool) -> None:
         """Process all that came of this stream, then end it."""
         if stream.ring.end is None:  # else its producer ended it, and what happens to it now is no reason
             stream.reason, stream.orderly = reason, orderly
@@ -289,13 +371,17 @@ class Runtime:
             self._fill(stream)
             self._round([stream])
 
-    def _round(self, streams: Iterable[_Stream]) -> None:
+    def _round(self, streams: Iterable[LiveStream]) -> None:
         events: list[Event] = []
-        steps: list[tuple[_Stream, Chunk]] = []
+        steps: list[tuple[LiveStream, Chunk]] = []
         for stream in streams:
             item, stream.item = stream.item, None
             if isinstance(item, Chunk):
-                steps.append((stream, item))
+                stream.chunks += 1
+                if self._can_begin(stream, item):
+                    steps.append((stream, item))
+                else:
+                    self._fill(stream)
             elif isinstance(item, Gap):
                 self.counters.gaps_too_long.inc()
                 seconds = round((item.end - item.start) / self._rate, 3)
@@ -308,7 +394,14 @@ class Runtime:
         for first in range(0, len(steps), self._settings.max_batch):
             self._step(steps[first : first + self._settings.max_batch])
 
-    def _step(self, batch: Sequence[tuple[_Stream, Chunk]]) -> None:
+    def _can_begin(self, stream: LiveStream, chunk: Chunk) -> bool:
+        """The grids of all levels meet in it: a state of zeros, as a slot is given, is right there."""
+        if not stream.is_aligned:
+            frame = (chunk.first_sample - chunk.origin) // self._manifest.frame.hop
+            stream.is_aligned = frame % self._manifest.period == 0
+        return stream.is_aligned
+
+    def _step(self, batch: Sequence[tuple[LiveStream, Chunk]]) -> None:
         mask = np.stack([chunk.mask for _, chunk in batch])
         outputs = self._session.step(
             [stream.slot for stream, _ in batch], np.stack([chunk.samples for _, chunk in batch]), mask
@@ -328,18 +421,23 @@ class Runtime:
 
     def _track(
         self,
-        stream: _Stream,
+        stream: LiveStream,
         chunk: Chunk,
         moments: Mapping[str, NDArray[np.float32]],
         finite: bool,
         events: list[Event],
     ) -> None:
         self.counters.gaps_filled.inc(chunk.filled_gaps)
-        if stream.tracker is None:
-            stream.tracker = Tracker(self._manifest, stream.id, stream.epoch, chunk.origin, self._decoding)
+        if stream.tracker is None and not stream.asleep:
             stream.now, stream.captured = chunk.first_sample / self._rate, chunk.captured_start
-            self.counters.epochs.inc()
-            events.append(self._event("stream.started", stream, None))
+            if stream.adopted is None:
+                stream.tracker = Tracker(
+                    self._manifest, stream.id, stream.epoch, chunk.origin, self._decoding
+                )
+                self.counters.epochs.inc()
+                events.append(self._event("stream.started", stream, None))
+            else:
+                self._adopt(stream, chunk.first_sample, events)
         # Padding is no time of the stream: what the network says about it is not heard, so that no event lies
         # behind the last sample, nor reaches into the segment that follows.
         hop = self._manifest.frame.hop
@@ -355,16 +453,18 @@ class Runtime:
             self._renew_slot(stream)
             stream.ring.cut()
             return
-        if chunk.frames:
+        if chunk.frames and stream.tracker is not None:
             reached = {name: values[: chunk.frames] for name, values in moments.items()}
-            first_frame = (chunk.first_sample - chunk.origin) // hop
+            first_frame = (chunk.first_sample - stream.tracker.origin) // hop
             events.extend(
                 stream.tracker.update(
                     reached, chunk.mask[: chunk.frames], first_frame, stream.now, stream.captured
                 )
             )
 
-    def _end_segment(self, stream: _Stream, reason: str, orderly: bool, events: list[Event]) -> None:
+    def _end_segment(self, stream: LiveStream, reason: str, orderly: bool, events: list[Event]) -> None:
+        if stream.adopted is not None:
+            self._adopt(stream, round(stream.now * self._rate), events)
         if stream.tracker is None:
             return
         if orderly:
@@ -374,22 +474,25 @@ class Runtime:
         stream.tracker = None
         events.append(self._event("stream.ended", stream, reason))
 
-    def _renew_slot(self, stream: _Stream) -> None:
+    def _adopt(self, stream: LiveStream, first_sample: int, events: list[Event]) -> None:
+        """Go on with actions that another tracker announced; to the world the stream has not begun anew."""
+        stream.tracker = Tracker(self._manifest, stream.id, stream.epoch, first_sample, self._decoding)
+        events.extend(stream.tracker.adopt(stream.adopted or (), (stream.now, stream.captured)))
+        stream.adopted = None
+
+    def _renew_slot(self, stream: LiveStream) -> None:
         self._session.close(stream.slot)
         stream.slot = self._session.open()
 
-    def _close(self, stream: _Stream, events: list[Event]) -> None:
+    def _close(self, stream: LiveStream, events: list[Event]) -> None:
         self._end_segment(stream, stream.reason, stream.orderly, events)
         self._session.close(stream.slot)
         del self._streams[stream.id]
         self._ready.pop(stream.id, None)
-        self._ended[stream.id] = stream.epoch, max(stream.reach, stream.ring.end or 0)
-        self._ended.move_to_end(stream.id)
-        if len(self._ended) > _REMEMBERED_PER_STREAM * self._settings.max_streams:
-            self._ended.popitem(last=False)
+        self.remember_ended(stream.id, stream.epoch, max(stream.reach, stream.ring.end or 0))
         self.counters.open_streams.set(len(self._streams))
 
-    def _event(self, kind: EventType, stream: _Stream, reason: str | None) -> Event:
+    def _event(self, kind: EventType, stream: LiveStream, reason: str | None) -> Event:
         return Event(
             type=kind,
             stream=stream.id,

@@ -19,8 +19,9 @@ more than `nms_tiou`; the state is bounded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,7 @@ from stream.history import History
 from stream.nms import Emitted
 
 TIME_DIGITS = 6
+SWAPPED = "another bundle took over, which does not know this action"
 # Of the evidence that ends an open action, the share that an end candidate needs beside its own; and how many
 # times as much it takes to announce an action whose start was missed. Measured: see `trainer/README.md`.
 FADING, MISSED = 0.05, 4.0
@@ -57,6 +59,15 @@ class _Open:
     """An action that was announced and has not ended; times in samples."""
 
     id: str
+    start: int
+    score: float
+
+
+class OpenAction(NamedTuple):
+    """An action under way, as others may know it; `start` in samples."""
+
+    id: str
+    label: str
     start: int
     score: float
 
@@ -170,6 +181,80 @@ class Tracker:
         self._starts.clear()
         self._ends.clear()
         return events
+
+    @property
+    def origin(self) -> int:
+        """The first sample that it was told of."""
+        return self._origin
+
+    @property
+    def open_actions(self) -> list[OpenAction]:
+        """What was announced and has not ended."""
+        return [
+            OpenAction(action.id, self._manifest.classes[label], action.start, action.score)
+            for label, action in sorted(self._open.items())
+        ]
+
+    def adopt(self, actions: Iterable[OpenAction], stamp: tuple[float, float | None]) -> list[Event]:
+        """Go on with what another tracker of this stream announced: another bundle's, perhaps.
+
+        What has no class here is aborted, at `stamp` (stream time in seconds, the producer's clock).
+        """
+        events = []
+        for action in actions:
+            if action.label not in self._manifest.classes:
+                event = self._event(
+                    "action.aborted", 0, action.id, _Stamp(*stamp), action.start, reason=SWAPPED
+                )
+                events.append(replace(event, label=action.label))
+                continue
+            label = self._manifest.classes.index(action.label)
+            self._open[label] = _Open(action.id, action.start, action.score)
+            self._border[label] = max(self._border[label], action.start)
+            self._course.opened(label, action.start, self._heard)
+        return events
+
+    def save(self) -> dict[str, Any]:
+        """All that decides on what comes, in plain values and bytes; `max_duration` bounds its size."""
+        return {
+            "origin": self._origin,
+            "heard": self._heard,
+            "told": self._told.astype("<f8").tobytes(),
+            "border": self._border,
+            "endless": sorted(self._endless),
+            "open": [[label, *astuple(action)] for label, action in sorted(self._open.items())],
+            "starts": [[label, *astuple(found)] for label, found in sorted(self._starts.items())],
+            "ends": [[label, *astuple(found)] for label, found in sorted(self._ends.items())],
+            "emitted": [emitted.save() for emitted in self._emitted],
+            "history": self._history.save(),
+            "course": self._course.save(),
+        }
+
+    @classmethod
+    def restored(
+        cls,
+        saved: Mapping[str, Any],
+        manifest: Manifest,
+        stream: str,
+        epoch: int,
+        decoding: Decoding | None = None,
+    ) -> Tracker:
+        """The tracker that was saved. Raises ValueError, KeyError or TypeError when it does not fit."""
+        tracker = cls(manifest, stream, epoch, int(saved["origin"]), decoding)
+        tracker._heard = int(saved["heard"])
+        tracker._told = np.frombuffer(saved["told"], "<f8").reshape(tracker._told.shape)
+        tracker._endless = set(saved["endless"])
+        tracker._open = {label: _Open(*rest) for label, *rest in saved["open"]}
+        tracker._starts = {label: _Candidate(*rest) for label, *rest in saved["starts"]}
+        tracker._ends = {label: _Candidate(*rest) for label, *rest in saved["ends"]}
+        for border, emitted, label in zip(
+            saved["border"], saved["emitted"], range(len(tracker._border)), strict=True
+        ):
+            tracker._border[label] = border
+            tracker._emitted[label].restore(emitted)
+        tracker._history.restore(saved["history"])
+        tracker._course.restore(saved["course"])
+        return tracker
 
     def _advance(
         self,

@@ -18,6 +18,12 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with other weights."""
+    return write_tiny_bundle(tmp_path_factory.mktemp("bundle") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
 def hapt_bundle() -> Path:
     """The trained bundle that the repository ships."""
     return ROOT / "deploy" / "demo" / "bundle"

@@ -39,9 +39,9 @@ def write_bundle_of(detector: Detector, folder: Path, sample_rate: float = 50.0,
     return folder
 
 
-def write_tiny_bundle(folder: Path) -> Path:
+def write_tiny_bundle(folder: Path, seed: int = 0) -> Path:
     """50 Hz, hop 4, chunk 2, 3 channels, classes a, b, c."""
     shape = DetectorShape(
         3, 3, PyramidShape(16, 2, 5, 4, chunk=2, relative=True, expansion=2), hop=4, prior=0.3
     )
-    return write_bundle_of(random_detector(shape), folder)
+    return write_bundle_of(random_detector(shape, seed), folder)

@@ -1,0 +1,141 @@
+"""What is written down of a stream, so that another process goes on with it: records of a compacted topic.
+
+`Life` is small and always current: does the stream run, since which message, which actions are open? It is
+enough to end what cannot be gone on with. `Mark` is written now and then: the stream as it was saved before
+one message (`offset`), and its tracker as it was saved before a later one (`woken`); `stream.live_stream`
+says why there are two. Both name the bundle: another one's tracker is of no use.
+
+Plain msgpack maps, read with bounds. No I/O here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+import msgpack
+
+from engine.errors import DataError
+from stream.tracker import OpenAction
+
+VERSION = 1
+# A mark of a bundle with a hundred classes and an hour of memory takes some MiB.
+MAX_RECORD_BYTES = 16 * 1024 * 1024
+
+_LIFE, _MARK = b"life:", b"mark:"
+
+
+@dataclass(frozen=True)
+class Life:
+    """A stream that runs, or has ended; offsets are those of the log of messages."""
+
+    is_open: bool
+    epoch: int
+    reach: int  # one past its newest sample
+    offset: int  # its messages before this one are of an earlier life
+    clock: float  # the log's clock there, seconds
+    bundle: str
+    actions: tuple[OpenAction, ...] = ()
+    now: float = 0.0  # stream time of its last event, seconds
+    captured: float | None = None
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A stream that can be gone on with."""
+
+    offset: int
+    clock: float
+    saved: Mapping[str, Any]  # see LiveStream.save
+    woken: int
+    tracker: Mapping[str, Any] | None  # see Tracker.save; None: no segment was under way
+    bundle: str
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The text beside a committed offset: from where the log is to be read again, and its clock there."""
+
+    rewind: int
+    clock: float
+
+    def to_text(self) -> str:
+        """As JSON; a broker takes 4096 bytes."""
+        return json.dumps({"v": VERSION, **asdict(self)}, separators=(",", ":"))
+
+    @classmethod
+    def from_text(cls, text: str) -> Committed:
+        """Raises DataError when it is none."""
+        try:
+            fields = json.loads(text)
+            if fields.pop("v") != VERSION:
+                raise ValueError("another version")
+            found = cls(**fields)
+            return cls(int(found.rewind), float(found.clock))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise DataError(
+                f"beside a committed offset stands {text[:60]!r}, expected what Onset writes there; "
+                "is this consumer group used by something else?"
+            ) from None
+
+
+RecordT = TypeVar("RecordT", Life, Mark)
+
+
+def key_of(kind: type[Life] | type[Mark], stream: str) -> bytes:
+    """The key of a record in the compacted topic."""
+    return (_LIFE if kind is Life else _MARK) + stream.encode("utf-8")
+
+
+def packed(record: Life | Mark) -> bytes:
+    """The value of a record."""
+    fields = {name: getattr(record, name) for name in record.__dataclass_fields__}
+    return bytes(msgpack.packb({"v": VERSION, **fields}))
+
+
+def unpacked(kind: type[RecordT], value: bytes) -> RecordT:
+    """Raises DataError when `value` is no record of that kind."""
+    try:
+        fields = msgpack.unpackb(
+            value,
+            max_bin_len=MAX_RECORD_BYTES,
+            max_str_len=4096,
+            max_array_len=1 << 20,
+            max_map_len=64,
+            max_ext_len=0,
+        )
+        if fields.pop("v") != VERSION:
+            raise ValueError("another version")
+        if kind is Life:
+            fields["actions"] = tuple(OpenAction(*action) for action in fields["actions"])
+        return kind(**fields)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, msgpack.UnpackException):
+        raise DataError(f"not a {kind.__name__.lower()} that Onset {VERSION} has written") from None
+
+
+def read_records(records: Mapping[bytes, bytes]) -> tuple[dict[str, Life], dict[str, Mark], list[str]]:
+    """The lives and marks among the records of one partition, by stream, and complaints about the others."""
+    lives: dict[str, Life] = {}
+    marks: dict[str, Mark] = {}
+    complaints = []
+    for key, value in records.items():
+        problem = _read_record(key, value, lives, marks)
+        if problem is not None:
+            complaints.append(f"{key[:80]!r}: {problem}")
+    return lives, marks, complaints
+
+
+def _read_record(key: bytes, value: bytes, lives: dict[str, Life], marks: dict[str, Mark]) -> str | None:
+    try:
+        name = key[len(_LIFE) :].decode("utf-8")
+        if key.startswith(_LIFE):
+            lives[name] = unpacked(Life, value)
+        elif key.startswith(_MARK):
+            marks[name] = unpacked(Mark, value)
+        else:
+            return "neither a life nor a mark"
+    except (DataError, UnicodeDecodeError) as problem:
+        return str(problem)
+    return None

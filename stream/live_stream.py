@@ -1,0 +1,75 @@
+"""All that the runtime holds of one stream, and how it is saved and brought back.
+
+A stream is brought back in two strides, since the state of the network is never saved. What was saved first
+(`LiveStream.save`: the ring, and what came of the stream) is put in place before the message at which it was
+saved; from there on the messages are given again, and the stream is `asleep`: its samples go through the
+network and nothing is decided. Once the network has forgotten what came before (the bundle's receptive
+field), it is in the very state it was in, bit for bit, and the tracker that was saved there is put in place.
+No I/O here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.session import Slot
+from stream.ring import Chunk, End, Gap, Ring
+from stream.tracker import OpenAction, Tracker
+from stream.wire import Message
+
+END_OF_STREAM = "end of stream"
+
+_SAVED = ("epoch", "floor", "reach", "seen", "chunks", "now", "captured")
+
+
+@dataclass
+class LiveStream:
+    """One stream in one epoch of its producer."""
+
+    id: str
+    epoch: int
+    number: int  # streams are served in order of opening
+    ring: Ring
+    slot: Slot
+    seen: float  # when new samples came last, on the clock of whoever offers them
+    floor: int = 0  # samples before this one were in an earlier life of the same epoch
+    reach: int = 0  # one past the newest sample
+    chunks: int = 0  # how many the ring has given
+    tracker: Tracker | None = None  # None: no segment is under way
+    adopted: Sequence[OpenAction] | None = None  # what the next tracker goes on with, without a new start
+    asleep: bool = False  # nothing is decided: see above
+    is_aligned: bool = True  # asleep, and still waiting for a frame at which a state can begin
+    pending: Message | None = None  # the message of which `ring` did not take all
+    offset: int = 0  # samples of it that were taken
+    arrived: float = 0.0  # when it came
+    closing: bool = False  # flush the ring once it has taken `pending`
+    item: Chunk | Gap | End | None = None  # what the next round does with this stream
+    now: float = 0.0  # stream time of the last event, seconds
+    captured: float | None = None  # the producer's clock then
+    reason: str = END_OF_STREAM
+    orderly: bool = True  # open actions end with the stream
+
+    @property
+    def is_settled(self) -> bool:
+        """All that was offered has been digested, so that it can be saved."""
+        return self.pending is None and self.item is None
+
+    @property
+    def open_actions(self) -> list[OpenAction]:
+        """What was announced and has not ended."""
+        if self.adopted is not None:
+            return list(self.adopted)
+        return [] if self.tracker is None else self.tracker.open_actions
+
+    def save(self) -> dict[str, Any]:
+        """What `restore` needs, in plain values and bytes; without tracker and network."""
+        return {name: getattr(self, name) for name in _SAVED} | {"ring": self.ring.save()}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Become the stream that was saved, asleep. Raises ValueError, KeyError or TypeError on a misfit."""
+        self.ring.restore(saved["ring"])
+        for name in _SAVED:
+            setattr(self, name, saved[name])
+        self.asleep, self.is_aligned = True, False

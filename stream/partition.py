@@ -1,0 +1,336 @@
+"""One partition of a log of messages: read on, write down where one stands, take up what another left.
+
+A partition is read from `start`, which lies before what was `committed`: what comes before that is read again
+to bring streams back to where they were (see `stream.live_stream`), and nothing that comes of it is news.
+Whoever reads calls `take` for each message in order, `reach` where there are none, and `checkpoint` before
+each commit; and asks `is_news` of each event.
+
+Everything here follows from the log alone: the clock of a partition is the latest time at which a message
+was put there, so that a silence means the same whoever reads it, and when. The wall clock speaks at the end
+of the log only (`tick`), where it says what the next message would say.
+
+Lost, and said so: a stream whose messages are not there any more, or whose mark cannot be used. Its open
+actions are aborted, and it begins anew. No I/O here.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.manifest import Manifest
+from stream.checkpoint import Committed, Life, Mark, key_of, packed, read_records
+from stream.events import Event
+from stream.runtime import Runtime, Standing
+from stream.tracker import TIME_DIGITS, OpenAction
+from stream.wire import Message
+
+log = logging.getLogger(__name__)
+
+LOST = "the service lost its state"
+NO_PLACE = "max_streams"
+# Ended streams that are remembered in the topic; see stream.runtime.
+_REMEMBERED = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """A stream as it was saved, waiting to become a mark."""
+
+    offset: int
+    clock: float
+    chunks: int
+    saved: Mapping[str, Any]
+
+
+@dataclass
+class _Known:
+    """What is known here of an open stream."""
+
+    life: int  # the runtime's number
+    offset: int  # where reading has to begin, to come to where it stands
+    clock: float
+    opened: int  # where it opened
+    opened_clock: float
+    bases: deque[_Base]
+    based: int = 0  # chunks at the newest base
+    is_marked: bool = False
+    is_written: bool = False  # there is a current life in the topic
+    is_awake: bool = True
+
+
+class Partition:
+    """The streams of one partition."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        name: str,
+        tell: Callable[[Sequence[Event]], None],
+        bundle: str,
+        warm: int,
+        committed: int,
+        rewind: Committed | None = None,
+        records: Mapping[bytes, bytes] | None = None,
+        beginning: int = 0,
+    ) -> None:
+        """Take up a partition from offset `committed` on; `tell` takes the events of what is lost.
+
+        `warm`: chunks after which the network has forgotten what came before (`warm_chunks`); `rewind` and
+        `records`: what stood beside the committed offset, and in the compacted topic; `beginning`: the first
+        offset that is still there.
+        """
+        self._runtime, self._name, self._bundle, self._warm = runtime, name, bundle, warm
+        self._tell = tell
+        self.committed = committed
+        self._known: dict[str, _Known] = {}
+        self._skip: dict[str, int] = {}  # stream -> its messages before this offset belong to an earlier life
+        self._awaited: dict[str, Life] = {}  # open when `committed` will have been reached
+        self._ended: OrderedDict[str, int] = OrderedDict()
+        self._plan: list[tuple[int, Callable[[], None]]] = []
+        self._spoken: set[str] = set()  # streams of which events came since the last checkpoint
+        lives, marks, complaints = read_records(records or {})
+        for complaint in complaints:
+            log.error("%s: a record of the state cannot be used: %s", name, complaint)
+        self.start, self._clock = committed, 0.0
+        if rewind is not None:
+            self.start, self._clock = min(committed, rewind.rewind), rewind.clock
+        if beginning > committed:
+            log.error(
+                "%s: messages %d to %d were deleted before they were read; keep them longer (retention.ms)",
+                name,
+                committed,
+                beginning - 1,
+            )
+        self.position = max(self.start, beginning)
+        self._take_up(lives, marks, self.position if rewind is not None else committed)
+        if self.start < beginning:
+            log.error(
+                "%s: to go on where a worker stopped takes the messages from %d on, the first that is still "
+                "there is %d: streams that need those before it begin anew, and their open actions are "
+                "aborted; keep messages longer (retention.ms)",
+                name,
+                self.start,
+                beginning,
+            )
+        self.start = self.position
+        self.is_replaying = True
+        """what is read now was read before"""
+        self._plan.sort(key=lambda item: item[0])
+        self.reach(self.start)
+
+    @property
+    def streams(self) -> list[str]:
+        """The streams that were read here and are open, or were when this was last looked at."""
+        return list(self._known)
+
+    def is_news(self, stream: str) -> bool:
+        """Whether an event of this stream, coming now, has not been told yet. To be asked of each event."""
+        if not self.is_replaying:
+            self._spoken.add(stream)
+        return not self.is_replaying
+
+    def leave(self) -> None:
+        """Somebody else goes on: the runtime forgets all streams of this partition."""
+        self._runtime.forget([*self._known, *self._ended])
+
+    def take(self, offset: int, timestamp: float, message: Message | None) -> None:
+        """The message at `offset`, put there at `timestamp` (seconds); None: it could not be read."""
+        self.reach(offset)
+        self._clock = max(self._clock, timestamp)
+        if message is not None and offset >= self._skip.get(message.stream, 0):
+            name = message.stream
+            self._runtime.offer(message, at=self._clock)
+            life = self._runtime.life(name)
+            known = self._known.get(name)
+            if life is not None and (known is None or known.life != life):
+                marked = known is not None and known.is_marked
+                self._known[name] = _Known(
+                    life, offset, self._clock, offset, self._clock, deque(), is_marked=marked
+                )
+        self.position = offset + 1
+
+    def reach(self, offset: int) -> None:
+        """Everything before `offset` was read: do what was planned up to there."""
+        while self._plan and self._plan[0][0] <= offset:
+            self._runtime.drain()
+            self._plan.pop(0)[1]()
+        self.position = max(self.position, offset)
+        if self.is_replaying and offset >= self.committed:
+            self._runtime.drain()
+            self.is_replaying = False
+            for name, life in list(self._awaited.items()):
+                if self._skip[name] < self.committed and self._runtime.life(name) is None:
+                    self._lose(name, life, NO_PLACE, is_marked=True)
+            self._awaited.clear()
+
+    def tick(self, now: float | None = None) -> None:
+        """Lose the streams that fell silent; `now`: the wall clock, where all that is there has been read."""
+        clock = self._clock if now is None else max(now, self._clock)
+        self._runtime.tick(clock, self.streams)
+
+    def checkpoint(self) -> tuple[list[tuple[bytes, bytes | None]], Committed]:
+        """What to write into the compacted topic (None: forget the key), and beside the offset `position`.
+
+        All that was taken must have been digested (`Runtime.drain`), and nothing is being read again.
+        """
+        records: list[tuple[bytes, bytes | None]] = []
+        for name, known in list(self._known.items()):
+            standing = self._runtime.standing(name)
+            if standing is None or not standing.is_open:
+                del self._known[name]
+                records += self._end(name, standing, known)
+                continue
+            if not known.is_written and known.is_marked:  # in an earlier life
+                known.is_marked = False
+                records.append((key_of(Mark, name), None))
+            if not known.is_written or name in self._spoken:
+                known.is_written = True
+                records.append((key_of(Life, name), packed(self._life(standing, known))))
+            if known.is_awake:
+                records += self._mark(name, standing, known)
+        self._spoken.clear()
+        first = min(self._known.values(), key=lambda known: known.offset, default=None)
+        rewind = (
+            Committed(self.position, self._clock) if first is None else Committed(first.offset, first.clock)
+        )
+        while len(self._ended) > _REMEMBERED and next(iter(self._ended.values())) <= rewind.rewind:
+            records.append((key_of(Life, self._ended.popitem(last=False)[0]), None))
+        return records, rewind
+
+    def _life(self, standing: Standing, known: _Known) -> Life:
+        return Life(
+            True,
+            standing.epoch,
+            standing.reach,
+            known.opened,
+            known.opened_clock,
+            self._bundle,
+            tuple(standing.actions),
+            standing.now,
+            standing.captured,
+        )
+
+    def _end(self, name: str, standing: Standing | None, known: _Known) -> list[tuple[bytes, bytes | None]]:
+        records: list[tuple[bytes, bytes | None]] = []
+        if standing is None:
+            records.append((key_of(Life, name), None))
+        else:
+            life = Life(False, standing.epoch, standing.reach, self.position, self._clock, self._bundle)
+            records.append((key_of(Life, name), packed(life)))
+            self._ended[name] = self.position
+            self._ended.move_to_end(name)
+        if known.is_marked:
+            records.append((key_of(Mark, name), None))
+        return records
+
+    def _mark(self, name: str, standing: Standing, known: _Known) -> list[tuple[bytes, bytes | None]]:
+        if standing.chunks >= known.based + max(1, self._warm // 2) or not known.bases:
+            known.based = standing.chunks
+            known.bases.append(_Base(self.position, self._clock, standing.chunks, self._runtime.save(name)))
+        oldest = known.bases[0]
+        if standing.chunks - oldest.chunks < self._warm:
+            return []
+        known.bases.popleft()
+        known.offset, known.clock, known.is_marked = oldest.offset, oldest.clock, True
+        tracker = self._runtime.save_tracker(name)
+        mark = Mark(oldest.offset, oldest.clock, oldest.saved, self.position, tracker, self._bundle)
+        return [(key_of(Mark, name), packed(mark))]
+
+    # What another left
+
+    def _take_up(self, lives: Mapping[str, Life], marks: Mapping[str, Mark], first: int) -> None:
+        """Plan how each stream comes to where it stood; messages before `first` are not there."""
+        for name, life in lives.items():
+            if not life.is_open:
+                self._runtime.remember_ended(name, life.epoch, life.reach)
+                self._ended[name] = self._skip[name] = life.offset
+                continue
+            mark = marks.get(name)
+            if mark is not None and mark.offset >= first:
+                self._take_up_marked(name, life, mark)
+            elif mark is None and life.offset >= first and life.bundle == self._bundle:
+                self._skip[name] = life.offset  # it is young: all of it is read again
+                self._awaited[name] = life
+            else:
+                self._lose(name, life, LOST, is_marked=mark is not None)
+
+    def _take_up_marked(self, name: str, life: Life, mark: Mark) -> None:
+        self._skip[name] = mark.offset
+        self._awaited[name] = life
+
+        def restore() -> None:
+            try:
+                if not self._runtime.restore(name, mark.saved):
+                    return  # it is missed at the end
+            except (ValueError, KeyError, TypeError) as problem:
+                log.error("%s: the state of %r cannot be used (%s)", self._name, name, problem)
+                self._lose(name, life, LOST, is_marked=True)
+                return
+            number = self._runtime.life(name)
+            assert number is not None
+            known = _Known(number, mark.offset, mark.clock, life.offset, life.clock, deque())
+            known.is_marked = known.is_written = True
+            known.is_awake = False
+            self._known[name] = known
+            wake_at = mark.woken if mark.bundle == self._bundle else self.committed
+            self._plan.append((wake_at, wake))
+            self._plan.sort(key=lambda item: item[0])
+
+        def wake() -> None:
+            known = self._known[name]
+            known.is_awake = True
+            if self._runtime.life(name) != known.life:
+                return  # it is missed at the end
+            if mark.bundle == self._bundle:
+                try:
+                    self._runtime.wake(name, mark.tracker)
+                except (ValueError, KeyError, TypeError) as problem:
+                    log.error("%s: the state of %r cannot be used (%s)", self._name, name, problem)
+                    self._runtime.wake(name, None, life.actions)
+            else:
+                log.info("%s: bundle %s takes over %r from %s", self._name, self._bundle, name, mark.bundle)
+                self._runtime.wake(name, None, life.actions)
+
+        self._plan.append((mark.offset, restore))
+
+    def _lose(self, name: str, life: Life, reason: str, is_marked: bool) -> None:
+        """Abort what is open; what comes of the stream from `committed` on begins it anew."""
+        log.error("%s: %r begins anew (%s)", self._name, name, reason)
+
+        def event(kind: Any, action: OpenAction | None) -> Event:
+            return Event(
+                type=kind,
+                stream=name,
+                epoch=life.epoch,
+                bundle=life.bundle,
+                time=round(life.now, TIME_DIGITS),
+                captured=None if life.captured is None else round(life.captured, TIME_DIGITS),
+                instance_id=action and action.id,
+                label=action and action.label,
+                start=action and round(action.start / self._runtime.rate, TIME_DIGITS),
+                reason=reason,
+            )
+
+        self._tell(
+            [*(event("action.aborted", action) for action in life.actions), event("stream.ended", None)]
+        )
+        self._awaited.pop(name, None)
+        self._skip[name] = self.committed
+        self._runtime.remember_ended(name, life.epoch, life.reach)
+        # Known, but not open: the next checkpoint writes its end.
+        self._known[name] = _Known(-1, self.committed, self._clock, 0, 0.0, deque(), is_marked=is_marked)
+
+
+def warm_chunks(manifest: Manifest, max_gap: float) -> int:
+    """Chunks after which a state has forgotten what came before, wherever it began.
+
+    Beside the receptive field: up to a period until it can begin, and a gap of up to `max_gap` seconds in
+    which it sees nothing.
+    """
+    frames = manifest.receptive_field + manifest.period + math.ceil(max_gap * manifest.frame.rate)
+    return -(-frames // manifest.chunk)

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+# Upper bounds. A step of a small network takes less than a millisecond, one of a large batch some hundreds.
+_STEP_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_STREAMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_END_TO_END_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0)
 
 
 class Counters:
@@ -41,12 +46,47 @@ class Counters:
         )
         self.open_streams = Gauge("onset_open_streams", "streams that hold a slot", registry=self.registry)
 
+        def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+            return Gauge(f"onset_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, bounds: tuple[float, ...]) -> Histogram:
+            return Histogram(f"onset_{name}", text, buckets=bounds, registry=self.registry)
+
+        # Labels are names that the program or the bundle knows, never words from outside: each is a series.
+        self.step_seconds = histogram("step_seconds", "seconds of one run of the network", _STEP_SECONDS)
+        self.batch_streams = histogram("batch_streams", "streams in one run of the network", _STREAMS)
+        self.end_to_end_seconds = histogram(
+            "end_to_end_seconds",
+            "seconds from a sample's capture, by its producer's clock, to the events that it allowed",
+            _END_TO_END_SECONDS,
+        )
+        self.actions = counter("actions", "events of actions, by type and class", ("type", "label"))
+        self.queued_messages = gauge("queued_messages", "messages that wait to be offered")
+        self.lag_messages = gauge("lag_messages", "messages behind a partition's end", ("topic", "partition"))
+        self.spool_events = gauge("spool_events", "events that wait on disk for the broker")
+        self.spooled_events = counter("spooled_events", "events that went to disk, the broker being away")
+        self.dropped_messages = counter("dropped_messages", "messages dropped unread, by reason", ("reason",))
+        self.dead_letters = counter(
+            "dead_letters", "messages put aside as unreadable, by reason", ("reason",)
+        )
+        self.dead_letters_lost = counter(
+            "dead_letters_lost", "of these, those that could not be kept, by cause", ("cause",)
+        )
+        self.transactions = counter("transactions", "transactions, by outcome", ("outcome",))
+        self.rebalances = counter("rebalances", "times that partitions were assigned anew")
+        self.bundle_swaps = counter("bundle_swaps", "times that another bundle took over under way")
+
     def snapshot(self) -> Mapping[str, float]:
-        """All values, as `name` or `name{label}`, without `onset_` and `_total`; without those never used."""
+        """All values, as `name` or `name{label}`, without `onset_` and `_total`; without those never used.
+
+        Of a histogram its `name_count` alone: what it adds up is time, which no two runs share.
+        """
         values: dict[str, float] = {}
         for metric in self.registry.collect():
             for sample in metric.samples:
                 if sample.name.endswith("_created"):
+                    continue
+                if metric.type == "histogram" and not sample.name.endswith("_count"):
                     continue
                 name = sample.name.removeprefix("onset_").removesuffix("_total")
                 labels = ",".join(sample.labels.values())

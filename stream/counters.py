@@ -40,6 +40,12 @@ class Counters:
             "connections that went away, also those that sent a message too large to read",
         )
         self.open_streams = Gauge("onset_open_streams", "streams that hold a slot", registry=self.registry)
+        self.zmq_refused = counter(
+            "zmq_refused", "ZeroMQ connections that were refused or broke off in their handshake", ("why",)
+        )
+        self.samples_lost = counter(
+            "samples_lost", "samples from a publisher that never came here, or in messages that were refused"
+        )
 
     def snapshot(self) -> Mapping[str, float]:
         """All values, as `name` or `name{label}`, without `onset_` and `_total`; without those never used."""

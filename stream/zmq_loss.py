@@ -46,6 +46,6 @@ class LossCounter:
             self._throttle.warning(
                 "samples lost",
                 f"{missing} samples of stream {message.stream!r} were lost between its publisher and "
-                "here, or refused; larger high-water marks on both sides help against bursts, PUSH/PULL drops none",
+                "here, or refused; larger high-water marks on both sides help with bursts, PULL drops none",
             )
         return missing

@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 # XPUB is PUB that tells who subscribes: what is sent before the first subscription arrives would be lost.
 _KINDS = {"push": zmq.PUSH, "pub": zmq.XPUB}
-_REFUSALS = {
+_REFUSALS: dict[int, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "its public key is not among the service's `curve.clients`",
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "one of the two uses CURVE keys and the other does not (--server-key "
-    "and --key here, `curve` there), or it is no Onset",
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "one of the two uses CURVE keys and the other does not "
+    "(--server-key and --key here, `curve` there)",
 }
 # A full queue is normal while the service works; after this long it is worth a line in the log.
 _PATIENCE_MS = 10_000
@@ -94,8 +94,8 @@ class ZmqProducer:
             self._socket.disable_monitor()
             monitor.close(linger=0)
         raise ConfigError(
-            f"nobody answers at {self._name!r} after {seconds:g} s; is `onset run` listening there? Its log says "
-            "whether it refused somebody"
+            f"nobody answers at {self._name!r} after {seconds:g} s; is `onset run` listening there? "
+            "Its log says whether it refused somebody"
         )
 
     def send(self, message: Message, dtype: DtypeName = "float32", scale: float | None = None) -> None:

@@ -29,8 +29,8 @@ class ZmqSettings(Strict):
         default=("pull+bind:tcp://127.0.0.1:5555",),
         min_length=1,
         max_length=64,
-        description="one or a list of pull+bind:URI, pull+connect:URI, sub+bind:URI, sub+connect:URI, all pull "
-        "or all sub; a plain URI is pull+bind; port * picks a free one",
+        description="one or a list of pull+bind:URI, pull+connect:URI, sub+bind:URI, sub+connect:URI, "
+        "all pull or all sub; a plain URI is pull+bind; port * picks a free one",
     )
     topics: tuple[Annotated[str, Field(min_length=1, max_length=MAX_TOPIC_BYTES)], ...] = Field(
         default=(),

@@ -1,9 +1,9 @@
 """Messages from ZeroMQ: PULL or SUB sockets. The one module that receives with zmq.
 
-Queues are bounded: a producer has `high_water_mark` messages here, then its own socket fills. A PUSH socket's
-`send` then blocks, and nothing that was queued is dropped; a PUB socket drops (`zmq_loss` counts it). A message
-above twice `max_message_bytes` never gets this far: its connection is closed while only its header has been
-read, and the producer's socket connects again. With `curve`, only producers whose key is listed get in.
+Queues are bounded: a producer has `high_water_mark` messages here, then its own socket fills. A PUSH
+socket's `send` then blocks, and nothing that was queued is dropped; a PUB socket drops (`zmq_loss` counts).
+A message above twice `max_message_bytes` never gets this far: its connection is closed while only its header
+has been read, and the producer's socket connects again. With `curve`, only producers on the list get in.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class ZmqSource:
 
     def receive(self) -> bytes | None:
         """The next message that is already here, or None. Raises WireError for one of too many parts."""
-        for _ in self._doors:
+        for _ in range(len(self._doors)):
             door = self._doors[0]
             self._doors.rotate(-1)  # no endpoint waits for another's flood to end
             try:
@@ -137,7 +137,7 @@ class ZmqSource:
                 self._counters.peers_disconnected.inc()
                 continue
             if event["event"] == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-                why, text = "broken_off", "the other side hung up, or is not ZeroMQ"
+                why, text = "broken_off", "the other side hung up: no ZeroMQ, or without CURVE keys"
             else:
                 door.given_up()
                 why, text = _REFUSALS.get(

@@ -208,9 +208,11 @@ class _Door:
             zmq.HEARTBEAT_TIMEOUT, round(timeout * 1000) if self._endpoint.kind == "sub" else 0
         )
         self.socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
-        self.socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, math.ceil(interval))
-        self.socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, math.ceil(interval))
-        self.socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, max(1, math.ceil(timeout / math.ceil(interval)) - 1))
+        # Whole seconds, and at most 127 probes; beyond that the kernel refuses, and ZeroMQ hangs up.
+        seconds = max(math.ceil(interval), math.ceil(timeout / 128))
+        self.socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, seconds)
+        self.socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, seconds)
+        self.socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, max(1, math.ceil(timeout / seconds) - 1))
 
     def given_up(self) -> None:
         """ZeroMQ will not come back to this peer by itself; a bound socket has nowhere to go."""

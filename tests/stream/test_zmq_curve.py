@@ -1,4 +1,4 @@
-"""CURVE on real sockets: who is on the list is let in, others are refused and counted, secrets stay secret."""
+"""CURVE on real sockets: who is on the list is let in, others are refused and counted; secrets stay so."""
 
 from __future__ import annotations
 
@@ -171,16 +171,21 @@ def test_what_is_no_zeromq_is_counted_as_a_lost_connection(keys: Keys) -> None:
             serve_until(source, lambda: source._counters.snapshot()["peers_disconnected"] == 1)
 
 
-@pytest.mark.parametrize("mistake", ["plain", "wrong server key"])
-def test_a_source_that_connects_comes_back_to_a_peer_that_was_repaired(mistake: str, keys: Keys) -> None:
+@pytest.mark.parametrize(
+    ("mistake", "here", "there"),
+    [("plain", "pull", "push"), ("wrong server key", "pull", "push"), ("wrong server key", "sub", "pub")],
+)
+def test_a_source_that_connects_comes_back_to_a_peer_that_was_repaired(
+    mistake: str, here: str, there: str, keys: Keys
+) -> None:
     with open_source(keys) as probe:
         address = probe.address
     wrong = None if mistake == "plain" else keys.client(server="elsewhere/stranger")
-    with open_source(keys, f"pull+connect:{address}") as source:
+    with open_source(keys, f"{here}+connect:{address}") as source:
         with pytest.raises(ConfigError, match="nobody answers"):
-            produce(source, f"push+bind:{address}", wrong, seconds=1)
+            produce(source, f"{there}+bind:{address}", wrong, seconds=1)
         assert refused(source)
-        with produce(source, f"push+bind:{address}", keys.client(), seconds=20) as producer:
+        with produce(source, f"{there}+bind:{address}", keys.client(), seconds=20) as producer:
             producer.send_bytes(b"repaired")
             assert receive(source) == b"repaired"
 

@@ -30,6 +30,7 @@ app.add_typer(data_cli.app, name="data")
 app.command("detect")(stream_cli.detect)
 app.command("run")(stream_cli.run)
 app.command("send")(stream_cli.send)
+app.command("keys")(stream_cli.keys)
 app.command("score")(score_cli.score)
 app.command("plot")(score_cli.plot)
 

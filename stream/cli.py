@@ -1,4 +1,4 @@
-"""The verbs of this package: `onset detect`, `onset run`, `onset send`. The command line registers them."""
+"""The verbs of this package: `onset detect`, `run`, `send` and `keys`. The command line registers them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from stream.offline import detect_recordings
 from stream.recording_source import load, messages, paced, stream_ids
 from stream.service import serve, stopped_by_signals
 from stream.wire import DtypeName, Message
+from stream.zmq_keys import ClientKeys, read_public, read_secret, write_keys
 from stream.zmq_producer import ZmqProducer
 
 _DTYPES = ("float32", "float16", "int16")
@@ -103,7 +104,13 @@ def send(
     recordings: Annotated[
         list[Path], typer.Argument(help="Recordings: .npy, .npz or .csv, samples x channels.")
     ],
-    to: Annotated[str, typer.Option("--to", help="Where `onset run` listens, e.g. tcp://127.0.0.1:5555.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="Where `onset run` listens, e.g. tcp://127.0.0.1:5555; push|pub+bind|connect: before it.",
+        ),
+    ],
     rate: Annotated[
         float | None,
         typer.Option(help="Samples a second of the recordings, Hz: files do not tell it. Required."),
@@ -121,11 +128,17 @@ def send(
         int | None,
         typer.Option(min=0, help="Number of this start, above those before; default: the time in ns."),
     ] = None,
+    server_key: Annotated[
+        Path | None, typer.Option(help="The service's NAME.public, where it takes none but known keys.")
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="Our own NAME.secret, with --server-key; `onset keys` makes one.")
+    ] = None,
 ) -> None:
     """Send recordings to a service as if they were live, all side by side.
 
-    Nothing is dropped: where the service is slower than --speed, this waits. Each recording becomes a stream
-    named after its file.
+    Nothing is dropped: where the service is slower than --speed, this waits (with --to pub+..., it does not
+    wait, and what the service cannot take is lost). Each recording becomes a stream named after its file.
 
     Example: onset send recording.npy --to tcp://127.0.0.1:5555 --rate 50
     """
@@ -139,6 +152,11 @@ def send(
         raise ConfigError(f"--speed is {speed:g}, expected 1 for real time, or 0 for as fast as it goes")
     if dtype not in _DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}, expected {', '.join(_DTYPES)}")
+    curve = None
+    if server_key is not None and key is not None:
+        curve = ClientKeys(server=read_public(server_key), own=read_secret(key))
+    elif server_key is not None or key is not None:
+        raise ConfigError("--server-key and --key belong together, found one of them")
     ids = stream_ids(recordings)
     size = arrival or max(1, round(rate / 10))
     start = epoch if epoch is not None else time.time_ns()
@@ -154,7 +172,7 @@ def send(
     ]
     # One queue for all, in the order in which the samples would have been measured.
     queue: Iterator[Message] = heapq.merge(*sources, key=lambda message: message.seq + len(message.samples))
-    with ZmqProducer(to) as producer, _progress() as bar:
+    with ZmqProducer(to, curve=curve) as producer, _progress() as bar:
         task = bar.add_task("sending", total=sum(len(samples) for samples in loaded))
         for message in paced(queue, speed) if speed else queue:
             scale = scales[message.stream] if dtype == "int16" else None
@@ -164,6 +182,21 @@ def send(
     Console(stderr=True).print(
         f"{len(recordings)} recording{'s' * (len(recordings) > 1)} sent to {to}", highlight=False
     )
+
+
+def keys(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the two files.")],
+    name: Annotated[str, typer.Option(help="Whose keys: NAME.public and NAME.secret.")] = "onset",
+) -> None:
+    """Make a pair of CURVE keys: NAME.public to give away, NAME.secret to keep (mode 0600).
+
+    The service's configuration names its own .secret and the .public files of those who may send; a producer
+    needs its own .secret and the service's .public.
+
+    Example: onset keys --output keys --name camera-1
+    """
+    public, secret = write_keys(output, name)
+    Console(stderr=True).print(f"keys: {public} (to give away), {secret} (to keep)", highlight=False)
 
 
 def _progress() -> Progress:

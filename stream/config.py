@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from engine.errors import ConfigError
 from engine.manifest import Decoding
 from engine.schema import Strict, load_config, parse
-from stream.wire import MAX_MESSAGE_BYTES
+from stream.zmq_settings import ZmqSettings
 
 
 class RuntimeSettings(Strict):
@@ -30,24 +30,6 @@ class RuntimeSettings(Strict):
     )
     max_gap: float = Field(
         default=2.0, ge=0, le=600, description="longest gap that is masked; a longer one begins a new epoch"
-    )
-
-
-class ZmqSettings(Strict):
-    """Where messages come from. Memory that one producer can fill: `high_water_mark` messages."""
-
-    endpoint: str = Field(
-        default="pull+bind:tcp://127.0.0.1:5555",
-        description="pull+bind:URI or pull+connect:URI; a plain URI is bound; port * picks a free one",
-    )
-    max_message_bytes: int = Field(
-        default=MAX_MESSAGE_BYTES,
-        ge=1024,
-        le=64 * 1024 * 1024,
-        description="larger messages are refused; one above twice this costs its producer the connection",
-    )
-    high_water_mark: int = Field(
-        default=256, ge=1, le=100_000, description="messages queued per producer before it has to wait"
     )
 
 

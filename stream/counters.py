@@ -45,6 +45,12 @@ class Counters:
             "connections that went away, also those that sent a message too large to read",
         )
         self.open_streams = Gauge("onset_open_streams", "streams that hold a slot", registry=self.registry)
+        self.zmq_refused = counter(
+            "zmq_refused", "ZeroMQ connections that were refused or broke off in their handshake", ("why",)
+        )
+        self.samples_lost = counter(
+            "samples_lost", "samples from a publisher that never came here, or in messages that were refused"
+        )
 
         def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
             return Gauge(f"onset_{name}", text, labels, registry=self.registry)

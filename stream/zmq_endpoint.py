@@ -12,21 +12,25 @@ _URI = re.compile(r"(?:(?P<kind>[a-z]+)\+(?P<way>[a-z]+):)?(?P<address>(?P<trans
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a socket is, and whether it binds there or connects to it."""
+    """Where a socket is, whether it binds there or connects to it, and of which kind it is."""
 
     address: str
     bind: bool
+    kind: str
 
 
-def parse_endpoint(uri: str, kind: str, bind: bool) -> Endpoint:
-    """Read `[KIND+bind:|KIND+connect:](tcp|ipc)://...`; a plain address binds if `bind`.
+def parse_endpoint(uri: str, kinds: tuple[str, ...], bind: bool) -> Endpoint:
+    """Read `[KIND+bind:|KIND+connect:](tcp|ipc)://...`, KIND one of `kinds`.
 
-    Raises ConfigError for anything else, or another kind of socket than `kind`.
+    A plain address is of the first kind, and binds if `bind`. Raises ConfigError for anything else.
     """
     match = _URI.fullmatch(uri.strip())
-    if match is None or match["kind"] not in (None, kind) or match["way"] not in (None, "bind", "connect"):
+    if match is None or match["kind"] not in (None, *kinds) or match["way"] not in (None, "bind", "connect"):
+        known = ", ".join(f"{kind}+bind:ADDRESS, {kind}+connect:ADDRESS" for kind in kinds)
         raise ConfigError(
-            f"endpoint {uri!r}: expected {kind}+bind:ADDRESS, {kind}+connect:ADDRESS or a plain ADDRESS "
+            f"endpoint {uri!r}: expected {known} or a plain ADDRESS "
             "like tcp://127.0.0.1:5555 or ipc:///run/onset.sock"
         )
-    return Endpoint(match["address"], bind if match["way"] is None else match["way"] == "bind")
+    if match["way"] is not None:
+        bind = match["way"] == "bind"
+    return Endpoint(match["address"], bind, match["kind"] or kinds[0])

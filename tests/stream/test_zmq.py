@@ -168,13 +168,14 @@ def test_nobody_there_is_told() -> None:
 @pytest.mark.parametrize(
     ("uri", "expected"),
     [
-        ("tcp://127.0.0.1:5555", Endpoint("tcp://127.0.0.1:5555", True)),
-        ("pull+bind:tcp://*:5555", Endpoint("tcp://*:5555", True)),
-        ("pull+connect:ipc:///run/a.sock", Endpoint("ipc:///run/a.sock", False)),
+        ("tcp://127.0.0.1:5555", Endpoint("tcp://127.0.0.1:5555", True, "pull")),
+        ("pull+bind:tcp://*:5555", Endpoint("tcp://*:5555", True, "pull")),
+        ("pull+connect:ipc:///run/a.sock", Endpoint("ipc:///run/a.sock", False, "pull")),
+        ("sub+connect:tcp://a:1", Endpoint("tcp://a:1", False, "sub")),
     ],
 )
 def test_endpoints(uri: str, expected: Endpoint) -> None:
-    assert parse_endpoint(uri, "pull", bind=True) == expected
+    assert parse_endpoint(uri, ("pull", "sub"), bind=True) == expected
 
 
 @pytest.mark.parametrize(
@@ -183,4 +184,4 @@ def test_endpoints(uri: str, expected: Endpoint) -> None:
 )
 def test_what_is_no_endpoint(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"expected pull\+bind:ADDRESS"):
-        parse_endpoint(uri, "pull", bind=True)
+        parse_endpoint(uri, ("pull", "sub"), bind=True)

@@ -336,6 +336,8 @@ class Runtime:
     ) -> None:
         self.counters.gaps_filled.inc(chunk.filled_gaps)
         if stream.tracker is None:
+            if not chunk.frames:
+                return  # a segment without one whole frame is no time at all: it begins and ends unheard
             stream.tracker = Tracker(self._manifest, stream.id, stream.epoch, chunk.origin, self._decoding)
             stream.now, stream.captured = chunk.first_sample / self._rate, chunk.captured_start
             self.counters.epochs.inc()

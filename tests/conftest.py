@@ -8,6 +8,8 @@ import pytest
 
 from tests.tiny import write_tiny_bundle
 
+pytest_plugins = ["tests.kafka.fixtures"]
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

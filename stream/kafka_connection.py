@@ -7,6 +7,7 @@ no representation of the settings, and in no message.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import re
 from pathlib import Path
@@ -17,6 +18,10 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
 from engine.errors import ConfigError
 from engine.schema import Strict, as_tuple
+
+# What goes wrong is raised, and told in one sentence at a bounded rate; the client's own log tells each attempt.
+if logging.getLogger("kafka").level == logging.NOTSET:
+    logging.getLogger("kafka").setLevel(logging.CRITICAL)
 
 _ADDRESS = re.compile(r"(?P<host>[^\s:/@\[\]]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
 _MAX_SECRET_BYTES = 64 * 1024

@@ -56,6 +56,11 @@ def load_yaml(path: Path) -> Any:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
+    except yaml.MarkedYAMLError as problem:
+        # Its own words quote the line, which may be the one with a password.
+        mark = problem.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{place}: not readable as YAML: {problem.problem}") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
         raise ConfigError(f"{path}: not readable as YAML: {problem}") from None
 
@@ -83,10 +88,17 @@ def _sentence(model: type[BaseModel], item: dict[str, Any]) -> str:
         return f"`{key}` is not a key here{nearest(location[-1], _keys_at(model, location[:-1]))}"
     if item["type"] == "missing":
         return f"`{key}` is missing"
-    found = item.get("input")
-    shown = repr(found)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    shown = _shown(item, key)
     return f"`{key}`: {item['msg']} (found {shown})" if key else f"{item['msg']}"
+
+
+def _shown(item: dict[str, Any], key: str) -> str:
+    """What was found at `key`, cut short; nothing of what is, or may hold, a password."""
+    found = item.get("input")
+    if isinstance(found, (dict, list, tuple, BaseModel)) or item["type"] == "model_type" or "password" in key:
+        return type(found).__name__
+    shown = repr(found)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:

@@ -30,6 +30,8 @@ class Counters:
         self.masked_frames = counter("masked_frames", "of these, frames that were missing and masked")
         self.steps = counter("steps", "runs of the network, each over a batch of streams")
         self.events = counter("events", "events that left, by type", ("type",))
+        self.events_delivered = counter("events_delivered", "events that a Kafka has")
+        self.events_dropped = counter("events_dropped", "events that a full spool dropped (when_full)")
         self.refused = counter("refused", "messages that were refused, by reason", ("reason",))
         self.repeated = counter("repeated_samples", "samples that had come before, dropped")
         self.late = counter("late_samples", "samples that came after they were given up, dropped")

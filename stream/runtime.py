@@ -429,6 +429,8 @@ class Runtime:
     ) -> None:
         self.counters.gaps_filled.inc(chunk.filled_gaps)
         if stream.tracker is None and not stream.asleep:
+            if not chunk.frames:
+                return  # a segment without one whole frame is no time at all: it begins and ends unheard
             stream.now, stream.captured = chunk.first_sample / self._rate, chunk.captured_start
             if stream.adopted is None:
                 stream.tracker = Tracker(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import logging
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine.errors import ConfigError
+from stream import logs
 from stream.config import load_service_config
 from stream.offline import detect_recordings
 from stream.recording_source import load, messages, paced, stream_ids
+from stream.reload import Reload
 from stream.service import serve, stopped_by_signals
 from stream.wire import DtypeName, Message
 from stream.zmq_keys import ClientKeys, read_public, read_secret, write_keys
@@ -85,19 +85,19 @@ def run(
         Path, typer.Argument(help="The service's YAML; configs/service.yaml explains every key.")
     ],
 ) -> None:
-    """Serve live streams: samples over ZeroMQ in, events as JSON lines out, until SIGTERM or Ctrl-C.
+    """Serve live streams: samples from ZeroMQ or Kafka in, events out, until SIGTERM or Ctrl-C.
 
     A log line that begins with "ready" says where it listens. `onset send` sends recordings there;
-    stream/WIRE.md shows how to send from your own program.
+    stream/WIRE.md shows how to send from your own program. SIGHUP, or a change of the bundle's files, takes
+    the bundle anew without losing a sample.
 
     Example: onset run configs/service.yaml
     """
-    # One line an entry, whole and with its time: this log is read by journald, not by eyes on a terminal.
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", force=True
-    )
-    with stopped_by_signals() as stop:
-        serve(load_service_config(config), stop)
+    settings = load_service_config(config)
+    logs.setup(settings.log)
+    reload = Reload(settings.bundle, settings.watch_bundle)
+    with stopped_by_signals(reload) as stop:
+        serve(settings, stop, reload=reload)
 
 
 def send(

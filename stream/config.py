@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from engine.errors import ConfigError
 from engine.manifest import Decoding
 from engine.schema import Strict, load_config, parse
+from stream.dead_letters import DeadLetterSettings
+from stream.health import HttpSettings
+from stream.kafka_sink import KafkaSinkSettings
+from stream.kafka_source import KafkaSourceSettings
+from stream.logs import LogFormat
 from stream.zmq_settings import ZmqSettings
 
 
@@ -34,21 +39,29 @@ class RuntimeSettings(Strict):
 
 
 class Source(Strict):
-    """One source of messages."""
+    """One source of messages: `zmq: {...}` or `kafka: {...}`."""
 
-    zmq: ZmqSettings
+    zmq: ZmqSettings | None = None
+    kafka: KafkaSourceSettings | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Source:
+        if (self.zmq is None) == (self.kafka is None):
+            raise ValueError("expected either `zmq` or `kafka`")
+        return self
 
 
 class Sink(Strict):
-    """One place for events, as JSON lines: `file: PATH` (appended to) or `stdout: true`."""
+    """One place for events: `kafka: {...}`, or as JSON lines `file: PATH` (appended to) or `stdout: true`."""
 
     file: Path | None = None
     stdout: bool = False
+    kafka: KafkaSinkSettings | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Sink:
-        if (self.file is None) == (not self.stdout):
-            raise ValueError("expected either `file: PATH` or `stdout: true`")
+        if (self.file is not None) + self.stdout + (self.kafka is not None) != 1:
+            raise ValueError("expected one of `kafka: {...}`, `file: PATH` and `stdout: true`")
         return self
 
 
@@ -57,13 +70,40 @@ class ServiceConfig(RuntimeSettings):
 
     bundle: Path = Field(description="folder of the bundle")
     source: Source
-    sinks: tuple[Sink, ...] = Field(min_length=1)
+    sinks: tuple[Sink, ...] = Field(
+        default=(), description="where events go; a Kafka source names its topic of events itself"
+    )
+    dead_letters: DeadLetterSettings = DeadLetterSettings()
+    http: HttpSettings | None = Field(default=None, description="/live, /ready, /metrics; default: none")
+    log: LogFormat = "text"
+    overload: Literal["block", "drop-oldest"] = Field(
+        default="block",
+        description="ZeroMQ: when the engine cannot keep up, producers wait, or the oldest messages are "
+        "lost, which events say. Kafka keeps what waits",
+    )
+    queue_bytes: int = Field(
+        default=64 * 1024 * 1024, ge=1024 * 1024, le=1024**4, description="messages that wait for the engine"
+    )
+    watch_bundle: bool = Field(default=True, description="take the bundle anew when its files change")
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="threads of one step; default: all cores"
     )
     decoding: dict[str, Any] = Field(
         default_factory=dict, description="replaces the bundle's decoding settings, key by key"
     )
+
+    @model_validator(mode="after")
+    def _fits(self) -> ServiceConfig:
+        if self.source.kafka is not None and self.sinks:
+            raise ValueError(
+                "`sinks` does not go with a Kafka source: its events go to the topic `source.kafka.events`, "
+                "in the transaction that commits what was read; read them there"
+            )
+        if self.source.kafka is None and not self.sinks:
+            raise ValueError("`sinks` is missing: where do events go?")
+        if self.source.kafka is None and self.dead_letters.kafka_topic is not None:
+            raise ValueError("`dead_letters.kafka_topic` takes a Kafka source; use `dead_letters.file`")
+        return self
 
     @field_validator("decoding")
     @classmethod
@@ -80,11 +120,23 @@ def load_service_config(path: Path) -> ServiceConfig:
     """Read a service's YAML; ConfigError names the file, the key and the nearest right key."""
     config = load_config(ServiceConfig, path)
     folder = path.resolve().parent
-    sinks = tuple(
-        sink if sink.file is None else sink.model_copy(update={"file": folder / sink.file})
-        for sink in config.sinks
+    zmq, kafka, letters = config.source.zmq, config.source.kafka, config.dead_letters
+    return config.model_copy(
+        update={
+            "bundle": folder / config.bundle,
+            "sinks": tuple(_below(folder, sink) for sink in config.sinks),
+            "source": Source(zmq=zmq and zmq.relative_to(folder), kafka=kafka and kafka.relative_to(folder)),
+            "dead_letters": letters.model_copy(update={"file": letters.file and folder / letters.file}),
+        }
     )
-    return config.model_copy(update={"bundle": folder / config.bundle, "sinks": sinks})
+
+
+def _below(folder: Path, sink: Sink) -> Sink:
+    return Sink(
+        file=sink.file and folder / sink.file,
+        stdout=sink.stdout,
+        kafka=sink.kafka and sink.kafka.relative_to(folder),
+    )
 
 
 def overridden(decoding: Decoding, values: Mapping[str, Any], origin: str) -> Decoding:

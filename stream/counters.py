@@ -5,9 +5,11 @@ One `Counters` belongs to one runtime; nothing is global, so that two runtimes i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from stream.events import Event
 
 # Upper bounds. A step of a small network takes less than a millisecond, one of a large batch some hundreds.
 _STEP_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -82,7 +84,15 @@ class Counters:
         )
         self.transactions = counter("transactions", "transactions, by outcome", ("outcome",))
         self.rebalances = counter("rebalances", "times that partitions were assigned anew")
+        self.restarts = counter("restarts", "times that a worker began anew from its last commit")
         self.bundle_swaps = counter("bundle_swaps", "times that another bundle took over under way")
+
+    def observe_events(self, events: Iterable[Event], now: float) -> None:
+        """Events leave: how long, at wall time `now`, after the samples that allowed them were captured?"""
+        for event in events:
+            if event.captured is not None:
+                # A producer's clock may run ahead of this one.
+                self.end_to_end_seconds.observe(max(0.0, now - event.captured))
 
     def snapshot(self) -> Mapping[str, float]:
         """All values, as `name` or `name{label}`, without `onset_` and `_total`; without those never used.

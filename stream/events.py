@@ -13,7 +13,9 @@ from typing import Literal
 
 VERSION = 1
 
-EventType = Literal["action.started", "action.ended", "action.aborted", "stream.started", "stream.ended"]
+EventType = Literal[
+    "action.started", "action.ended", "action.aborted", "stream.started", "stream.ended", "stream.dropped"
+]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Messages from a Kafka topic, as a member of a consumer group, with what is needed to go on where one stopped.
+"""Messages from a Kafka topic, as a member of a consumer group, and what there is to go on with.
 
 `poll` returns messages by partition, and says which partitions came and went since. A partition that came is
 to be taken up (`resumption`, `seek`) before its messages are of use: until then `poll` leaves them out.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from kafka import (
@@ -55,8 +56,8 @@ class KafkaSourceSettings(Strict):
     )
     delivery: Literal["exactly-once", "at-least-once"] = Field(
         default="exactly-once",
-        description="exactly-once: events are there for readers of committed records when a transaction ends; "
-        "at-least-once: at once, and after a crash some a second time, with the same id",
+        description="exactly-once: events are there, for readers of committed records, when a transaction "
+        "ends; at-least-once: at once, and after a crash some of them twice, with the same id",
     )
     start: Literal["earliest", "latest"] = Field(
         default="earliest", description="where a group that has never committed begins"
@@ -81,6 +82,10 @@ class KafkaSourceSettings(Strict):
         if len({self.topic, self.events, self.state_topic}) < 3:
             raise ValueError("`topic`, `events` and `state` are three topics, two of them have one name")
         return self
+
+    def relative_to(self, folder: Path) -> KafkaSourceSettings:
+        """The same, with relative paths relative to `folder`."""
+        return self.model_copy(update={"connection": self.connection.relative_to(folder)})
 
     @property
     def state_topic(self) -> str:
@@ -110,9 +115,14 @@ class Resumption:
 class KafkaSource:
     """A member of a consumer group. One thread owns it."""
 
-    def __init__(self, settings: KafkaSourceSettings) -> None:
-        """Raises ConfigError for topics that are not as they must be, KafkaError when Kafka is not there."""
-        self._settings = settings
+    def __init__(self, settings: KafkaSourceSettings, wait: Callable[[], None] = lambda: None) -> None:
+        """`wait` is called while this waits for others, and may raise to give up.
+
+        Raises ConfigError for topics that are not as they must be, KafkaError when Kafka is not there.
+        """
+        self._settings, self._wait = settings, wait
+        self.has_joined = False
+        """the group has told which partitions are this member's, be it none"""
         self._options = settings.connection.client_options() | {
             "bootstrap_timeout_ms": round(1000 * CONNECT_SECONDS),
             "request_timeout_ms": round(1000 * max(REQUEST_SECONDS, 2 * settings.session_timeout)),
@@ -144,6 +154,7 @@ class KafkaSource:
         found = self._consumer.poll(timeout_ms=round(1000 * seconds))
         lost, gained = self._rebalances.take()
         self._awaiting = (self._awaiting - lost) | gained
+        self.has_joined = self.has_joined or self._rebalances.were_any
         records = {
             place.partition: batch
             for place, batch in found.items()
@@ -239,6 +250,7 @@ class KafkaSource:
             reader.seek_to_beginning(*places)
             deadline = time.monotonic() + _SETTLE_SECONDS
             while any(reader.position(place) < ends[place] for place in places):
+                self._wait()
                 if time.monotonic() > deadline:
                     raise KafkaTimeoutError(f"{topic}: a transaction there does not end")
                 for place, batch in reader.poll(timeout_ms=200).items():
@@ -253,13 +265,14 @@ class KafkaSource:
     def _prepare_topics(self) -> int:
         """See that topics are there, and the state's has a partition for each of the messages'."""
         settings = self._settings
-        with closing(KafkaAdminClient(**self._options)) as admin:
+        known = KafkaAdminClient.DEFAULT_CONFIG
+        with closing(KafkaAdminClient(**{k: v for k, v in self._options.items() if k in known})) as admin:
             there = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics()}
             for name, what in ((settings.topic, "topic"), (settings.events, "events")):
                 if not there.get(name):
                     raise ConfigError(
-                        f"`{what}`: there is no topic {name!r} at {settings.connection.bootstrap[0]}; make it: "
-                        f"kafka-topics.sh --create --topic {name} --partitions N --bootstrap-server ..."
+                        f"`{what}`: there is no topic {name!r} at {settings.connection.bootstrap[0]}; make it "
+                        f"with kafka-topics.sh --create --topic {name} --partitions N --bootstrap-server ..."
                     )
             partitions, state = there[settings.topic], settings.state_topic
             if state not in there:
@@ -275,9 +288,11 @@ class _Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self._changes: list[tuple[bool, set[int]]] = []
+        self.were_any = False
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         self._changes.append((True, {place.partition for place in assigned}))
+        self.were_any = True
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         self._changes.append((False, {place.partition for place in revoked}))
@@ -313,7 +328,7 @@ def _check_compacted(admin: KafkaAdminClient, name: str) -> None:
     found = admin.describe_configs([resource], config_filter="all")["topic"][name]["cleanup.policy"]["value"]
     if found != "compact":
         raise ConfigError(
-            f"`state`: topic {name!r} has cleanup.policy={found}, so that what is written there would be deleted, "
-            f"and with it the streams' state; expected compact: kafka-configs.sh --alter --entity-type topics "
-            f"--entity-name {name} --add-config cleanup.policy=compact --bootstrap-server ..."
+            f"`state`: topic {name!r} has cleanup.policy={found}, so the streams' state would be deleted; "
+            f"make it compact: kafka-configs.sh --alter --entity-type topics --entity-name {name} "
+            "--add-config cleanup.policy=compact --bootstrap-server ..."
         )

@@ -10,10 +10,14 @@ No I/O here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.manifest import Manifest
 from engine.session import Slot
 from stream.ring import Chunk, End, Gap, Ring
 from stream.tracker import OpenAction, Tracker
@@ -44,6 +48,7 @@ class LiveStream:
     pending: Message | None = None  # the message of which `ring` did not take all
     offset: int = 0  # samples of it that were taken
     arrived: float = 0.0  # when it came
+    dropped: int = 0  # samples that were given up unread, of which no event has told yet
     closing: bool = False  # flush the ring once it has taken `pending`
     item: Chunk | Gap | End | None = None  # what the next round does with this stream
     now: float = 0.0  # stream time of the last event, seconds
@@ -73,3 +78,24 @@ class LiveStream:
         for name in _SAVED:
             setattr(self, name, saved[name])
         self.asleep, self.is_aligned = True, False
+
+    def hand_over(
+        self, ring: Ring, manifest: Manifest
+    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
+        """Go on with `ring`, which is new, and with another bundle; what is settled only.
+
+        Yields the steps (samples, mask) that warm its state: the newest that the old ring has given.
+        """
+        if self.tracker is not None:
+            self.adopted, self.tracker = self.tracker.open_actions, None
+        start, samples, present = self.ring.history()
+        saved = self.ring.save()
+        size = manifest.chunk_samples
+        count = len(samples) // size if start + len(samples) == saved["next"] else 0
+        if saved["origin"] is not None:  # the new state's grid begins where it is warmed from
+            saved["origin"] = saved["next"] - count * size
+        ring.restore(saved)
+        self.ring = ring
+        begin = len(samples) - count * size
+        masks = present[begin:].reshape(-1, manifest.frame.hop).all(axis=1).reshape(count, manifest.chunk)
+        yield from zip(samples[begin:].reshape(count, size, -1), masks, strict=True)

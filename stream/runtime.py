@@ -25,16 +25,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.errors import ConfigError, EngineError
+from engine.errors import BundleError, ConfigError, EngineError
 from engine.manifest import Decoding
 from engine.session import Session
 from stream.config import RuntimeSettings
 from stream.counters import Counters
-from stream.events import Event, EventType
+from stream.events import Event
 from stream.live_stream import LiveStream
 from stream.ring import Chunk, End, Gap, Ring
+from stream.segments import Segments
 from stream.throttle import Throttle
-from stream.tracker import TIME_DIGITS, OpenAction, Tracker
+from stream.tracker import OpenAction
 from stream.wire import Message
 
 log = logging.getLogger(__name__)
@@ -78,18 +79,9 @@ class Runtime:
     ) -> None:
         """`decoding` replaces the bundle's. Raises ConfigError if that does not fit its classes, EngineError
         if the session has fewer slots than `settings.max_streams`."""
-        if session.capacity < settings.max_streams:
-            raise EngineError(
-                f"the session has {session.capacity} slots for up to {settings.max_streams} streams; "
-                "open it with as many slots as `max_streams`"
-            )
-        self._session, self._sink, self._settings, self._clock = session, sink, settings, clock
+        self._sink, self._settings, self._clock = sink, settings, clock
         self.counters = counters or Counters()
-        self._manifest = session.manifest
-        self._decoding = decoding or session.manifest.decoding
-        if misfit := self._decoding.misfit(len(session.manifest.classes)):
-            raise ConfigError(misfit)
-        self._rate = session.manifest.frame.sample_rate
+        self._take(session, decoding)
         self._streams: dict[str, LiveStream] = {}
         self._ready: dict[str, LiveStream] = {}
         self._ended: OrderedDict[str, tuple[int, int]] = (
@@ -154,6 +146,12 @@ class Runtime:
             self._count_late(message, skip)
         stream.pending, stream.offset, stream.arrived = message, skip, now
         self._fill(stream)
+
+    def dropped(self, stream: str, samples: int) -> None:
+        """Samples of a stream were given up before they were offered: its next events say so."""
+        found = self._streams.get(stream)
+        if found is not None:
+            found.dropped += samples
 
     def run_ready(self) -> int:
         """One round: every ready stream, oldest first, by one item. Returns how many streams there were."""
@@ -249,7 +247,7 @@ class Runtime:
         None) a new one, which goes on with the actions `adopted`, if any are given."""
         found = self._streams[stream]
         if tracker is not None:
-            found.tracker = Tracker.restored(tracker, self._manifest, stream, found.epoch, self._decoding)
+            found.tracker = self._segments.restored(found, tracker)
         found.asleep, found.adopted = False, adopted
 
     def forget(self, streams: Iterable[str]) -> None:
@@ -268,6 +266,45 @@ class Runtime:
         self._ended.move_to_end(stream)
         if len(self._ended) > _REMEMBERED_PER_STREAM * self._settings.max_streams:
             self._ended.popitem(last=False)
+
+    def swap(self, session: Session, decoding: Decoding | None = None) -> None:
+        """Go on with another bundle: open actions go on as far as it knows their classes, no sample is lost.
+
+        The new states are warmed with the newest samples, as far back as the rings reach. Raises BundleError
+        when it was made for other streams, and what the constructor raises; then all is as it was.
+        """
+        old, new = self._manifest, session.manifest
+        fits = (new.frame.sample_rate, new.frame.channels) == (old.frame.sample_rate, old.frame.channels)
+        if not fits or old.chunk_samples > 2 * new.chunk_samples:
+            raise BundleError(
+                f"{new.id} takes {new.chunk_samples} samples of {new.frame.channels} channels a step, at "
+                f"{new.frame.sample_rate:g} Hz; the open streams come in {old.chunk_samples} of "
+                f"{old.frame.channels} at {old.frame.sample_rate:g} Hz: start another service for it"
+            )
+        self.drain()
+        previous = self._session
+        self._take(session, decoding)
+        for stream in self._streams.values():
+            previous.close(stream.slot)
+            stream.slot = session.open()
+            for samples, mask in stream.hand_over(self._new_ring(), new):
+                session.step([stream.slot], samples[None], mask[None])
+        self.counters.bundle_swaps.inc()
+
+    def _take(self, session: Session, decoding: Decoding | None) -> None:
+        """Make `session` the one that is used."""
+        if session.capacity < self._settings.max_streams:
+            raise EngineError(
+                f"the session has {session.capacity} slots for up to {self._settings.max_streams} streams; "
+                "open it with as many slots as `max_streams`"
+            )
+        manifest = session.manifest
+        decoding = decoding or manifest.decoding
+        if misfit := decoding.misfit(len(manifest.classes)):
+            raise ConfigError(misfit)
+        self._session, self._manifest = session, manifest
+        self._segments = Segments(manifest, decoding)
+        self._rate = manifest.frame.sample_rate
 
     def _open(self, message: Message, now: float) -> LiveStream | None:
         """A place for the stream of this message; None where it has none or needs none."""
@@ -385,11 +422,11 @@ class Runtime:
             elif isinstance(item, Gap):
                 self.counters.gaps_too_long.inc()
                 seconds = round((item.end - item.start) / self._rate, 3)
-                self._end_segment(stream, f"gap of {seconds:g} s", False, events)
+                events += self._segments.end(stream, f"gap of {seconds:g} s", orderly=False)
                 self._renew_slot(stream)
                 self._fill(stream)
             elif isinstance(item, End):
-                self._close(stream, events)
+                events += self._close(stream)
         self._emit(events)
         for first in range(0, len(steps), self._settings.max_batch):
             self._step(steps[first : first + self._settings.max_batch])
@@ -403,9 +440,12 @@ class Runtime:
 
     def _step(self, batch: Sequence[tuple[LiveStream, Chunk]]) -> None:
         mask = np.stack([chunk.mask for _, chunk in batch])
+        started = time.perf_counter()
         outputs = self._session.step(
             [stream.slot for stream, _ in batch], np.stack([chunk.samples for _, chunk in batch]), mask
         )
+        self.counters.step_seconds.observe(time.perf_counter() - started)
+        self.counters.batch_streams.observe(len(batch))
         self.counters.steps.inc()
         self.counters.frames.inc(mask.size)
         self.counters.masked_frames.inc(mask.size - int(np.count_nonzero(mask)))
@@ -415,99 +455,46 @@ class Runtime:
         events: list[Event] = []
         for row, (stream, chunk) in enumerate(batch):
             moments = {name: values[row] for name, values in outputs.items()}
-            self._track(stream, chunk, moments, bool(finite[row]), events)
+            events += self._track(stream, chunk, moments, bool(finite[row]))
             self._fill(stream)
         self._emit(events)
 
     def _track(
-        self,
-        stream: LiveStream,
-        chunk: Chunk,
-        moments: Mapping[str, NDArray[np.float32]],
-        finite: bool,
-        events: list[Event],
-    ) -> None:
+        self, stream: LiveStream, chunk: Chunk, moments: Mapping[str, NDArray[np.float32]], finite: bool
+    ) -> list[Event]:
         self.counters.gaps_filled.inc(chunk.filled_gaps)
-        if stream.tracker is None and not stream.asleep:
-            if not chunk.frames:
-                return  # a segment without one whole frame is no time at all: it begins and ends unheard
-            stream.now, stream.captured = chunk.first_sample / self._rate, chunk.captured_start
-            if stream.adopted is None:
-                stream.tracker = Tracker(
-                    self._manifest, stream.id, stream.epoch, chunk.origin, self._decoding
-                )
-                self.counters.epochs.inc()
-                events.append(self._event("stream.started", stream, None))
-            else:
-                self._adopt(stream, chunk.first_sample, events)
-        # Padding is no time of the stream: what the network says about it is not heard, so that no event lies
-        # behind the last sample, nor reaches into the segment that follows.
-        hop = self._manifest.frame.hop
-        stream.now = (chunk.first_sample + chunk.frames * hop) / self._rate
-        stream.captured = chunk.captured_end
-        if not finite:
-            # Values that overflow the network would stay in the state for good, so the state is given up.
-            self.counters.nonfinite.inc()
-            self._throttle.warning(
-                NOT_FINITE, f"{stream.id!r} at {stream.now:.2f} s: are its units those of the training data?"
-            )
-            self._end_segment(stream, NOT_FINITE, False, events)
-            self._renew_slot(stream)
-            stream.ring.cut()
-            return
-        if chunk.frames and stream.tracker is not None:
-            reached = {name: values[: chunk.frames] for name, values in moments.items()}
-            first_frame = (chunk.first_sample - stream.tracker.origin) // hop
-            events.extend(
-                stream.tracker.update(
-                    reached, chunk.mask[: chunk.frames], first_frame, stream.now, stream.captured
-                )
-            )
-
-    def _end_segment(self, stream: LiveStream, reason: str, orderly: bool, events: list[Event]) -> None:
-        if stream.adopted is not None:
-            self._adopt(stream, round(stream.now * self._rate), events)
-        if stream.tracker is None:
-            return
-        if orderly:
-            events.extend(stream.tracker.finish(stream.now, stream.captured))
-        else:
-            events.extend(stream.tracker.abort(reason, stream.now, stream.captured))
-        stream.tracker = None
-        events.append(self._event("stream.ended", stream, reason))
-
-    def _adopt(self, stream: LiveStream, first_sample: int, events: list[Event]) -> None:
-        """Go on with actions that another tracker announced; to the world the stream has not begun anew."""
-        stream.tracker = Tracker(self._manifest, stream.id, stream.epoch, first_sample, self._decoding)
-        events.extend(stream.tracker.adopt(stream.adopted or (), (stream.now, stream.captured)))
-        stream.adopted = None
+        events = self._segments.advance(stream, chunk)
+        if finite:
+            return events + self._segments.hear(stream, chunk, moments)
+        # Values that overflow the network would stay in the state for good, so the state is given up.
+        self.counters.nonfinite.inc()
+        self._throttle.warning(
+            NOT_FINITE, f"{stream.id!r} at {stream.now:.2f} s: are its units those of the training data?"
+        )
+        self._renew_slot(stream)
+        stream.ring.cut()
+        return events + self._segments.end(stream, NOT_FINITE, orderly=False)
 
     def _renew_slot(self, stream: LiveStream) -> None:
         self._session.close(stream.slot)
         stream.slot = self._session.open()
 
-    def _close(self, stream: LiveStream, events: list[Event]) -> None:
-        self._end_segment(stream, stream.reason, stream.orderly, events)
+    def _close(self, stream: LiveStream) -> list[Event]:
+        events = self._segments.end(stream, stream.reason, stream.orderly)
         self._session.close(stream.slot)
         del self._streams[stream.id]
         self._ready.pop(stream.id, None)
         self.remember_ended(stream.id, stream.epoch, max(stream.reach, stream.ring.end or 0))
         self.counters.open_streams.set(len(self._streams))
-
-    def _event(self, kind: EventType, stream: LiveStream, reason: str | None) -> Event:
-        return Event(
-            type=kind,
-            stream=stream.id,
-            epoch=stream.epoch,
-            bundle=self._manifest.id,
-            time=round(stream.now, TIME_DIGITS),
-            captured=None if stream.captured is None else round(stream.captured, TIME_DIGITS),
-            reason=reason,
-        )
+        return events
 
     def _emit(self, events: Sequence[Event]) -> None:
         if not events:
             return
         for event in events:
             self.counters.events.labels(event.type).inc()
+            if event.type == "stream.started":
+                self.counters.epochs.inc()
+            if event.label is not None:
+                self.counters.actions.labels(event.type, event.label).inc()
         self._sink(events)

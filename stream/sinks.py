@@ -1,4 +1,4 @@
-"""Where events go: JSON lines, to a file or to standard output. Flushed once per batch of events."""
+"""Where events go: Kafka; or JSON lines, to a file or standard output, flushed once per batch of events."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import BinaryIO, Protocol
 
 from engine.errors import ConfigError, OnsetError
 from stream.config import Sink
+from stream.counters import Counters
 from stream.events import Event
+from stream.kafka_sink import KafkaSink
 
 
 class EventWriter(Protocol):
@@ -110,9 +112,15 @@ class Writers:
             writer.close()
 
 
-def open_sinks(sinks: Sequence[Sink]) -> Writers:
-    """The writers of a service's configuration."""
-    return Writers(standard_output() if sink.file is None else AppendingFile(sink.file) for sink in sinks)
+def open_sinks(sinks: Sequence[Sink], counters: Counters) -> Writers:
+    """The writers of a service's configuration. Raises ConfigError."""
+    return Writers(_open_sink(sink, counters) for sink in sinks)
+
+
+def _open_sink(sink: Sink, counters: Counters) -> EventWriter:
+    if sink.kafka is not None:
+        return KafkaSink(sink.kafka, counters)
+    return standard_output() if sink.file is None else AppendingFile(sink.file)
 
 
 def _opened(path: Path, mode: str) -> BinaryIO:

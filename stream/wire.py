@@ -51,6 +51,7 @@ REASONS = (
     "rate",
     "payload",  # `data` is shorter or longer than `shape` says
     "nan",  # NaN or Inf among the values
+    "partition",  # from Kafka: the stream comes in two partitions
 )
 
 DtypeName = Literal["float32", "float16", "int16"]

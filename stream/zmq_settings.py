@@ -68,7 +68,7 @@ class ZmqSettings(Strict):
             )
         return self
 
-    def below(self, folder: Path) -> ZmqSettings:
+    def relative_to(self, folder: Path) -> ZmqSettings:
         """The same with relative paths of keys taken from `folder`, that of the configuration file."""
         if self.curve is None:
             return self

@@ -279,11 +279,11 @@ def test_secrets_stay_out_of_reprs_and_logs(keys: Keys, caplog: pytest.LogCaptur
 
 def test_paths_of_keys_are_relative_to_their_configuration(keys: Keys) -> None:
     settings = ZmqSettings(curve=CurveSettings(secret=Path("service.secret"), clients=Path("clients")))
-    assert settings.below(keys.folder).curve == keys.curve
-    assert settings.below(Path("/elsewhere")).below(keys.folder).curve == CurveSettings(
+    assert settings.relative_to(keys.folder).curve == keys.curve
+    assert settings.relative_to(Path("/elsewhere")).relative_to(keys.folder).curve == CurveSettings(
         secret=Path("/elsewhere/service.secret"), clients=Path("/elsewhere/clients")
     )
-    assert ZmqSettings().below(keys.folder) == ZmqSettings()
+    assert ZmqSettings().relative_to(keys.folder) == ZmqSettings()
 
 
 def test_the_command_line_makes_keys_and_sends_with_them(tmp_path: Path) -> None:

@@ -1,0 +1,277 @@
+"""A worker: messages from Kafka in, events to Kafka out, going on where any other worker stopped.
+
+One round: poll, read, run the network until nothing is left to do, commit. Between two rounds nothing is
+under way, so that partitions come and go only there. Whatever fails (a broker, the membership in the group,
+a transaction), the worker forgets all and begins anew from the last commit, as its successor would: there
+is one way to recover, and it is the way to start.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from kafka.errors import KafkaError
+
+from engine.errors import ConfigError, DataError, OnsetError, WireError
+from engine.session import Session
+from stream.config import ServiceConfig, overridden
+from stream.dead_letters import open_dead_letters
+from stream.events import Event
+from stream.kafka_connection import explain
+from stream.kafka_delivery import open_delivery
+from stream.kafka_source import KafkaSource, KafkaSourceSettings
+from stream.partition import Partition, warm_chunks
+from stream.runtime import Runtime
+from stream.surroundings import Surroundings
+from stream.throttle import Throttle
+from stream.wire import Limits, decode
+
+log = logging.getLogger(__name__)
+
+# How soon a signal is noticed when nothing arrives.
+_POLL_SECONDS = 0.1
+_PAUSE_SECONDS = 1.0
+# What a stop waits for the last commit; systemd's patience (TimeoutStopSec) is longer.
+_LAST_COMMIT_SECONDS = 10.0
+
+
+class Stopped(Exception):
+    """A broker did not answer while the service was stopping."""
+
+
+def work(config: ServiceConfig, settings: KafkaSourceSettings, around: Surroundings) -> None:
+    """Run until it is to stop. Raises ConfigError, when it starts, for what is wrong with `config`."""
+    throttle = Throttle(log)
+    session = around.engine()
+    around.health.set("engine", True)
+    is_new = True
+    while not around.stop.is_set():
+        worker = None
+        try:
+            worker = Worker(config, settings, around, session)
+            if is_new:
+                log.info("ready: reading topic %s as one of group %s", settings.topic, settings.group)
+                around.ready(", ".join(settings.connection.bootstrap))
+            is_new = False
+            worker.run()
+        except Stopped:
+            log.warning("stopped while the broker did not answer; what was not committed is read again")
+        except (KafkaError, ConfigError, DataError) as problem:
+            if is_new and isinstance(problem, OnsetError):
+                raise
+            around.counters.restarts.inc()
+            told = str(problem) if isinstance(problem, OnsetError) else explain(problem)
+            throttle.warning("kafka", f"{told}; beginning anew from the last commit")
+        finally:
+            around.health.set("source", False, "not in the group")
+            if worker is not None:
+                session = worker.session
+                worker.close()
+        around.stop.wait(_PAUSE_SECONDS)
+
+
+class Worker:
+    """One life of a worker: from joining the group to leaving it, or to the first failure."""
+
+    def __init__(
+        self, config: ServiceConfig, settings: KafkaSourceSettings, around: Surroundings, session: Session
+    ) -> None:
+        """Raises ConfigError, KafkaError."""
+        self.session = session
+        self._config, self._kafka, self._around, self._counters = config, settings, around, around.counters
+        self._stopping_since = 0.0
+        self._throttle = Throttle(log)
+        self._partitions: dict[int, Partition] = {}
+        self._offsets: dict[int, tuple[int, str]] = {}  # as they were committed last
+        self._homes: dict[str, int] = {}  # stream -> its partition
+        self._committed_at = time.monotonic()
+        self._runtime = self._new_runtime()
+        self._source = KafkaSource(settings, self._wait)
+        try:
+            self._delivery = open_delivery(settings, self._source, self._counters, self._wait)
+        except BaseException:
+            self._source.close()
+            raise
+        self._letters = open_dead_letters(config.dead_letters, self._counters, self._delivery.send)
+
+    def run(self) -> None:
+        """Until it is to stop. Raises KafkaError, DataError."""
+        while not self._around.stop.is_set():
+            self._round()
+            if self._around.reload.is_due():
+                self._swap()
+        self._commit(at_once=True)
+
+    def close(self) -> None:
+        """Leave the group; what was not committed is forgotten."""
+        self._letters.close()
+        self._delivery.close()
+        with suppress(KafkaError):
+            self._source.close()
+        for partition in self._partitions.values():
+            partition.leave()
+
+    def _round(self) -> None:
+        polled = self._source.poll(_POLL_SECONDS)
+        self._wait()
+        for number in polled.lost & self._partitions.keys():
+            self._partitions.pop(number).leave()
+            with suppress(KeyError):
+                self._counters.lag_messages.remove(self._kafka.topic, str(number))
+        if polled.lost or polled.gained:
+            self._counters.rebalances.inc()
+        if polled.gained:
+            self._take_up(polled.gained)
+        for number, records in polled.records.items():
+            self._read(number, records)
+        for number, partition in self._partitions.items():
+            partition.reach(self._source.position(number))
+        self._runtime.drain()
+        self._look_at_clocks(idle=not polled.records)
+        self._commit()
+        replaying = [number for number, partition in self._partitions.items() if partition.is_replaying]
+        if replaying:
+            self._around.health.set("source", False, f"partitions {replaying} are brought back")
+        elif self._source.has_joined:
+            self._around.health.set("source", True)
+
+    def _read(self, number: int, records: Sequence[Any]) -> None:
+        partition = self._partitions[number]
+        limits = Limits.of(self.session.manifest.frame, self._kafka.max_message_bytes)
+        for record in records:
+            message = None
+            try:
+                message = decode(record.value or b"", limits)
+                home = self._homes.setdefault(message.stream, number)
+                if home != number:
+                    raise WireError(
+                        "partition",
+                        f"stream {message.stream!r} comes in partitions {home} and {number}; the key of a "
+                        "message has to be its stream",
+                    )
+            except WireError as problem:
+                message = None
+                if not partition.is_replaying:
+                    self._refuse(number, record, problem)
+            partition.take(record.offset, record.timestamp / 1000, message)
+
+    def _refuse(self, number: int, record: Any, problem: WireError) -> None:
+        self._counters.refused.labels(problem.reason).inc()
+        self._throttle.warning(f"message refused ({problem.reason})", str(problem))
+        origin = {"topic": self._kafka.topic, "partition": number, "offset": record.offset}
+        self._letters.put(record.value or b"", problem.reason, str(problem), origin)
+
+    def _hear(self, events: Sequence[Event]) -> None:
+        """What the runtime says: told, if it is news."""
+        self._tell([event for event in events if self._home(event.stream).is_news(event.stream)])
+
+    def _home(self, stream: str) -> Partition:
+        number = self._homes.get(stream)
+        if number is None:
+            number = next(n for n, partition in self._partitions.items() if stream in partition.streams)
+        return self._partitions[number]
+
+    def _tell(self, events: Sequence[Event]) -> None:
+        if events:
+            self._delivery.tell(events)
+            self._counters.observe_events(events, time.time())
+
+    def _look_at_clocks(self, idle: bool) -> None:
+        now = time.time()
+        for number, partition in self._partitions.items():
+            if partition.is_replaying:
+                continue
+            lag = self._source.lag(number)
+            if lag is not None:
+                self._counters.lag_messages.labels(self._kafka.topic, str(number)).set(lag)
+            partition.tick(now if idle and lag == 0 else None)
+
+    def _commit(self, at_once: bool = False) -> None:
+        now = time.monotonic()
+        is_due = at_once or now - self._committed_at >= self._kafka.commit_interval
+        if not (is_due or self._delivery.is_waiting):
+            return
+        self._committed_at = now
+        state: list[tuple[int, bytes, bytes | None]] = []
+        offsets: dict[int, tuple[int, str]] = {}
+        for number, partition in self._partitions.items():
+            if partition.is_replaying:
+                continue
+            records, rewind = partition.checkpoint()
+            offset = (partition.position, rewind.to_text())
+            if records or offset != self._offsets.get(number):
+                state += [(number, key, value) for key, value in records]
+                offsets[number] = offset
+        if offsets or self._delivery.is_waiting:
+            self._delivery.commit(state, offsets)
+            self._offsets |= offsets
+        self._homes = {
+            stream: number
+            for stream, number in self._homes.items()
+            if number in self._partitions and self._runtime.life(stream) is not None
+        }
+
+    def _take_up(self, numbers: set[int]) -> None:
+        """Go on with partitions where another worker, or this one, stopped."""
+        started = time.monotonic()
+        manifest = self.session.manifest
+        for number, found in self._source.resumption(numbers).items():
+            self._offsets.pop(number, None)
+            partition = Partition(
+                self._runtime,
+                f"{self._kafka.topic}-{number}",
+                self._tell,
+                manifest.id,
+                warm_chunks(manifest, self._config.max_gap),
+                found.committed,
+                found.rewind,
+                found.records,
+                found.beginning,
+            )
+            self._partitions[number] = partition
+            self._source.seek(number, partition.start)
+            log.info(
+                "partition %d: on from offset %d, %d messages are read again",
+                number,
+                found.committed,
+                max(0, found.committed - partition.start),
+            )
+        log.info("took up %d partitions in %.1f s", len(numbers), time.monotonic() - started)
+
+    def _swap(self) -> None:
+        """Go on with the bundle as it is now; the old one, where it cannot be used."""
+        self._around.notifier.reloading()
+        try:
+            session = self._around.engine()
+        except OnsetError as problem:
+            log.error("the bundle stays as it was: %s", problem)
+            self._around.notifier.ready()
+            return
+        self._commit(at_once=True)
+        numbers = set(self._partitions)
+        for partition in self._partitions.values():
+            partition.leave()
+        self._partitions.clear()
+        log.info("bundle %s takes over from %s", session.manifest.id, self.session.manifest.id)
+        self.session = session
+        self._runtime = self._new_runtime()
+        self._take_up(numbers)
+        self._counters.bundle_swaps.inc()
+        self._around.notifier.ready()
+
+    def _new_runtime(self) -> Runtime:
+        decoding = overridden(self.session.manifest.decoding, self._config.decoding, "decoding")
+        return Runtime(self.session, self._hear, self._config, self._counters, decoding)
+
+    def _wait(self) -> None:
+        """The main loop goes round, or waits for a broker; raises Stopped when it has waited enough."""
+        self._around.beat()
+        if self._around.stop.is_set():
+            now = time.monotonic()
+            self._stopping_since = self._stopping_since or now
+            if now - self._stopping_since > _LAST_COMMIT_SECONDS:
+                raise Stopped

@@ -1,0 +1,162 @@
+"""The main loop with ZeroMQ: messages in, a queue for each stream, rounds of the network, events to sinks.
+
+Whatever comes over the socket, the service goes on: a message that cannot be read is counted, logged at a
+bounded rate and put aside. On SIGTERM or SIGINT it processes what has arrived, ends the open streams
+("service stopped"), flushes its sinks and returns.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from engine.errors import OnsetError, WireError
+from stream.config import ServiceConfig, overridden
+from stream.dead_letters import open_dead_letters
+from stream.events import Event
+from stream.inbox import Inbox
+from stream.runtime import Runtime
+from stream.sinks import open_sinks
+from stream.surroundings import Surroundings
+from stream.throttle import Throttle
+from stream.wire import Limits, decode
+from stream.zmq_loss import LossCounter
+from stream.zmq_settings import ZmqSettings
+from stream.zmq_source import ZmqSource
+
+log = logging.getLogger(__name__)
+
+# Messages taken between two rounds: enough to fill a batch of streams, few enough that a flood does not keep
+# the network waiting.
+_RECEIVE_AT_ONCE = 256
+# How soon a signal or a silent stream is noticed when nothing arrives.
+_POLL_SECONDS = 0.1
+# "What has arrived" ends at the first pause of this length, or after so long with a producer that goes on.
+# (Unbinding first would be no help: ZeroMQ then hangs up on those who are connected, unread bytes and all.)
+_DRAIN_PAUSE_SECONDS = 0.05
+_DRAIN_SECONDS = 5.0
+
+
+def work(config: ServiceConfig, settings: ZmqSettings, around: Surroundings) -> None:
+    """Run until it is to stop. Raises BundleError or ConfigError before it is ready."""
+    worker = Worker(config, settings, around)
+    with ZmqSource(settings, around.counters) as source:
+        worker.run(source)
+    worker.close()
+
+
+class Worker:
+    """All but the socket."""
+
+    def __init__(self, config: ServiceConfig, settings: ZmqSettings, around: Surroundings) -> None:
+        """Raises BundleError, ConfigError."""
+        self._config, self._around, self._counters = config, around, around.counters
+        session = around.engine()
+        around.health.set("engine", True)
+        self._sinks = open_sinks(config.sinks, around.counters)
+        self._letters = open_dead_letters(config.dead_letters, around.counters)
+        decoding = overridden(session.manifest.decoding, config.decoding, "decoding")
+        self._runtime = Runtime(session, self._hear, config, around.counters, decoding)
+        self._bundle = session.manifest.id
+        self._limits = Limits.of(session.manifest.frame, settings.max_message_bytes)
+        self._inbox = Inbox(config.queue_bytes)
+        self._throttle = Throttle(log)
+        self._losses = LossCounter(around.counters)
+
+    def run(self, source: ZmqSource) -> None:
+        """Until it is to stop; then what has arrived, to its end."""
+        around, runtime = self._around, self._runtime
+        log.info(
+            "ready: listening on %s for %g Hz x %d channels, bundle %s, up to %d streams",
+            ", ".join(source.addresses),
+            self._limits.rate,
+            self._limits.channels,
+            self._bundle,
+            self._config.max_streams,
+        )
+        around.health.set("source", True)
+        around.ready(source.address)
+        while not around.stop.is_set():
+            around.beat()
+            busy = runtime.has_ready or len(self._inbox)
+            source.wait(0.0 if busy else _POLL_SECONDS)
+            self._receive(source)
+            self._advance()
+            runtime.tick()
+            if around.reload.is_due():
+                self._swap()
+        log.info("stopping: %d streams are open", len(runtime.streams))
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        while source.wait(_DRAIN_PAUSE_SECONDS) and time.monotonic() < deadline:
+            self._receive(source)
+            self._advance()
+        while len(self._inbox):
+            self._advance()
+        runtime.stop()
+
+    def close(self) -> None:
+        """Hand over what the sinks still hold."""
+        self._letters.close()
+        self._sinks.close()
+
+    def _receive(self, source: ZmqSource) -> None:
+        """Queue what has arrived, up to a bound; refuse what cannot be read."""
+        for _ in range(_RECEIVE_AT_ONCE):
+            if self._inbox.is_full:
+                if self._config.overload == "block":
+                    break
+                self._drop()
+            if not self._receive_one(source):
+                break
+        self._counters.queued_messages.set(len(self._inbox))
+
+    def _receive_one(self, source: ZmqSource) -> bool:
+        data = b""
+        try:
+            received = source.receive()
+            if received is None:
+                return False
+            data = received
+            message = decode(data, self._limits)
+        except WireError as problem:
+            self._counters.refused.labels(problem.reason).inc()
+            self._throttle.warning(f"message refused ({problem.reason})", str(problem))
+            self._letters.put(data, problem.reason, str(problem), {"source": source.address})
+            return True
+        if source.kind == "sub":
+            self._losses.see(message)
+        self._inbox.put(message)
+        return True
+
+    def _drop(self) -> None:
+        for message in self._inbox.make_room():
+            self._counters.dropped_messages.labels("overload").inc()
+            self._runtime.dropped(message.stream, len(message.samples))
+            self._throttle.warning(
+                "overload", f"a message of {message.stream!r} is dropped, the engine is behind"
+            )
+
+    def _advance(self) -> None:
+        """One round of the network; each stream is first given what it takes to have something to do."""
+        for stream in self._inbox.streams:
+            while not self._runtime.ready(stream) and (message := self._inbox.take(stream)) is not None:
+                self._runtime.offer(message)
+        self._runtime.run_ready()
+
+    def _hear(self, events: Sequence[Event]) -> None:
+        self._sinks.write(events)
+        self._counters.observe_events(events, time.time())
+
+    def _swap(self) -> None:
+        """Go on with the bundle as it is now; with the old one, where the new cannot be used."""
+        self._around.notifier.reloading()
+        try:
+            session = self._around.engine()
+            decoding = overridden(session.manifest.decoding, self._config.decoding, "decoding")
+            self._runtime.swap(session, decoding)
+            log.info("bundle %s takes over from %s", session.manifest.id, self._bundle)
+            self._bundle = session.manifest.id
+        except OnsetError as problem:
+            log.error("the bundle stays %s: %s", self._bundle, problem)
+        self._around.notifier.ready()

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench chaos clean
 
 setup: .venv/.dev
 
@@ -31,6 +31,10 @@ lint: .venv/.dev
 # With ACTIONFORMER=CLONE, a clone of the original, against that as well.
 bench: .venv/.dev
 	$(BIN)/python -m tests.benchmarks.bench --output bench
+
+# Ten minutes of killed workers and brokers: it ends with one line of counts. Needs Java, and Maven or KAFKA_HOME.
+chaos: .venv/.dev
+	$(BIN)/python -m tests.kafka.chaos --seconds 600 --brokers 3
 
 clean:
 	rm -rf .venv build demo bench

@@ -82,7 +82,7 @@ class ServiceConfig(RuntimeSettings):
         "lost, which events say. Kafka keeps what waits",
     )
     queue_bytes: int = Field(
-        default=64 * 1024 * 1024, ge=1024 * 1024, le=1024**4, description="messages that wait for the engine"
+        default=64 * 1024 * 1024, ge=64 * 1024, le=1024**4, description="messages that wait for the engine"
     )
     watch_bundle: bool = Field(default=True, description="take the bundle anew when its files change")
     threads: int | None = Field(

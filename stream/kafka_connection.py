@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from engine.errors import ConfigError
 from engine.schema import Strict, as_tuple
 
-# What goes wrong is raised, and told in one sentence at a bounded rate; the client's own log tells each attempt.
+# What goes wrong is raised, and told here in one sentence; the client's own log would tell each attempt.
 if logging.getLogger("kafka").level == logging.NOTSET:
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import threading
 from types import TracebackType
@@ -71,7 +70,7 @@ class Proxy:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _forward(self, client_reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
-        """One connection, until either end closes it or it is cut."""
+        """One connection, until both ends have closed it, one has reset it, or it is cut."""
         server = None
         self._writers.add(client)
         try:
@@ -80,21 +79,21 @@ class Proxy:
                 return
             server_reader, server = await asyncio.open_connection("127.0.0.1", self._target_port)
             self._writers.add(server)
-            pumps = [self._pump(client_reader, server), self._pump(server_reader, client)]
-            await asyncio.wait([asyncio.create_task(pump) for pump in pumps], return_when="FIRST_COMPLETED")
+            await asyncio.gather(self._pump(client_reader, server), self._pump(server_reader, client))
         except OSError:
-            pass  # nobody listens there: the client is told by the reset
+            pass  # nobody listens there, or an end is gone: the other is told by the reset
         finally:
             for writer in filter(None, (client, server)):
                 self._writers.discard(writer)
                 writer.transport.abort()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(65536):
-                await self._flowing.wait()
-                writer.write(data)
-                await writer.drain()
+        while data := await reader.read(65536):
+            await self._flowing.wait()
+            writer.write(data)
+            await writer.drain()
+        await self._flowing.wait()
+        writer.write_eof()  # and no more: what the other end has yet to say still passes
 
     def __enter__(self) -> Proxy:
         return self

@@ -29,7 +29,7 @@ _REQUEST_BYTES = 256 * 1024
 # How long a broker may take to be there, to answer one request, and to take a whole transaction.
 _CONNECT_SECONDS = 5.0
 _REQUEST_SECONDS = 10.0
-_TRANSACTION_SECONDS = 30.0
+_TRANSACTION_SECONDS = 15.0
 _CLOSE_SECONDS = 1.0
 
 

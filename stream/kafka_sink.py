@@ -147,7 +147,11 @@ class KafkaSink:
                 if isinstance(problem, OnsetError) and not isinstance(problem, ConfigError):
                     self._failure = problem  # the spool's disk: `write` says so
                     return
-                told = str(problem) if isinstance(problem, OnsetError) else explain(problem)
+                told = (
+                    str(problem)
+                    if isinstance(problem, OnsetError)
+                    else explain(problem, self._settings.connection)
+                )
                 self._throttle.warning("kafka", f"{told}; {self.depth} events wait in {self._settings.spool}")
             finally:
                 self._hang_up()

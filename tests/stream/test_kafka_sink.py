@@ -272,6 +272,7 @@ def test_a_secret_that_is_missing_ends_the_service_before_it_begins(tmp_path: Pa
         KafkaSink(settings_of(None, "events", tmp_path / "spool.db", connection=connection))
 
 
+@pytest.mark.timeout(300 + 3 * CHAOS_SECONDS)
 def test_a_broker_that_dies_under_load_and_comes_back_has_every_event_once_and_in_order(
     has_kafka: None, tmp_path: Path
 ) -> None:
@@ -318,6 +319,7 @@ def test_a_network_that_is_cut_again_and_again_costs_no_event_and_repeats_none(
         assert numbers(cluster, "events") == expected
 
 
+@pytest.mark.timeout(300 + 3 * CHAOS_SECONDS)
 def test_a_network_that_swallows_everything_for_a_while_costs_no_event(
     has_kafka: None, tmp_path: Path
 ) -> None:

@@ -10,6 +10,8 @@ import ipaddress
 import logging
 import os
 import re
+import socket
+import ssl
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,12 +21,13 @@ from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from engine.errors import ConfigError
 from engine.schema import Strict, as_tuple
 
-# What goes wrong is raised, and told in one sentence at a bounded rate; the client's own log tells each attempt.
+# What goes wrong is raised, and told here in one sentence; the client's own log would tell each attempt.
 if logging.getLogger("kafka").level == logging.NOTSET:
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
 
 _ADDRESS = re.compile(r"(?P<host>[^\s:/@\[\]]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
 _MAX_SECRET_BYTES = 64 * 1024
+_PROBE_SECONDS = 2.0
 
 
 class Tls(Strict):
@@ -135,60 +138,72 @@ class KafkaConnection(Strict):
         return options
 
 
-def explain(problem: Exception) -> str:
-    """An exception of a Kafka client as one sentence: what it means and what to do."""
-    for kinds, sentence in _MEANINGS:
-        if isinstance(problem, kinds):
+def explain(problem: Exception, connection: KafkaConnection | None = None) -> str:
+    """An exception of a Kafka client as one sentence: what it means and what to do.
+
+    With `connection`, what is but a timeout to the client (a wrong password, too) is looked into, which takes
+    some seconds at most.
+    """
+    if connection is not None and isinstance(problem, _NOBODY_ANSWERS):
+        return _short(_what_is_there(connection))
+    for kind, sentence in _MEANINGS.items():
+        if isinstance(problem, kind):
             return sentence
-    said = str(problem)
-    if "CERTIFICATE_VERIFY_FAILED" in said or "Handshake failed" in said or "SSL" in said:
-        return f"the broker's TLS is not accepted ({_short(said)}); check `tls.ca` and the broker's name"
-    return _short(f"{type(problem).__name__}: {said}")
+    return _short(f"{type(problem).__name__}: {problem}")
 
 
-_MEANINGS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str], ...] = (
-    (
-        errors.SaslAuthenticationFailedError,
-        "the broker refuses this username and password; check `sasl`",
-    ),
-    (
-        (errors.UnsupportedSaslMechanismError, errors.IllegalSaslStateError),
-        "the broker does not know this `sasl.mechanism`, or expects no login on this port",
-    ),
-    (
-        errors.TopicAuthorizationFailedError,
-        "this user may not use the topic; grant it Describe, Read and Write there",
-    ),
-    (
-        errors.GroupAuthorizationFailedError,
-        "this user may not use the consumer group; grant it Read on its name",
-    ),
-    (
-        errors.TransactionalIdAuthorizationFailedError,
-        "this user may not use the transactional id; grant it Describe and Write on its name",
-    ),
-    (
-        errors.ClusterAuthorizationFailedError,
-        "this user may not do this on the cluster; grant it that",
-    ),
-    (errors.UnknownTopicOrPartitionError, "the topic does not exist; create it, or correct its name"),
-    (errors.InvalidTopicError, "the topic's name is none that Kafka accepts"),
-    (
-        errors.MessageSizeTooLargeError,
-        "a record is larger than the topic takes; raise `max.message.bytes`",
-    ),
-    (
-        (errors.ProducerFencedError, errors.InvalidProducerEpochError),
-        "another process took over this producer's transactional id, or the broker gave the transaction up",
-    ),
-    (
-        (errors.KafkaConnectionError, errors.NodeNotReadyError),
-        "no broker can be reached",
-    ),
-    (errors.KafkaTimeoutError, "no broker answers in time"),
-    (errors.NotEnoughReplicasError, "too few replicas are in sync for a write; are all brokers up?"),
-    (errors.UnsupportedVersionError, "the broker is too old for this; Kafka 2.5 is the oldest that will do"),
-)
+_NOBODY_ANSWERS = (errors.KafkaTimeoutError, errors.KafkaConnectionError, errors.NodeNotReadyError)
+
+_MEANINGS: dict[type[Exception], str] = {
+    errors.SaslAuthenticationFailedError: "the broker refuses this username and password; check `sasl`",
+    errors.UnsupportedSaslMechanismError: "the broker does not know this `sasl.mechanism`",
+    errors.TopicAuthorizationFailedError: "this user may not use the topic; grant Describe, Read and Write",
+    errors.GroupAuthorizationFailedError: "this user may not use the consumer group; grant Read on its name",
+    errors.TransactionalIdAuthorizationFailedError: "this user may not use the transactional id; grant "
+    "Describe and Write on its name",
+    errors.UnknownTopicOrPartitionError: "the topic does not exist; create it, or correct its name",
+    errors.MessageSizeTooLargeError: "a record is larger than the topic takes; raise `max.message.bytes`",
+    errors.ProducerFencedError: "another producer took the transactional id, or the broker gave up waiting",
+    errors.InvalidProducerEpochError: "the broker gave up waiting for the end of the transaction",
+    errors.KafkaConnectionError: "no broker can be reached",
+    errors.KafkaTimeoutError: "no broker answers in time",
+    errors.NotEnoughReplicasError: "too few replicas are in sync for a write; are all brokers up?",
+    errors.UnsupportedVersionError: "the broker is too old for this; Kafka 2.5 is the oldest that will do",
+}
+
+
+def _what_is_there(connection: KafkaConnection) -> str:
+    """How far a plain socket gets at the bootstrap addresses; the client does not tell."""
+    sentence = ""
+    for address in connection.bootstrap:
+        host, _, port = address.rpartition(":")
+        host = host.strip("[]")
+        try:
+            with socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS) as plain:
+                if connection.tls is not None:
+                    _context(connection.tls).wrap_socket(plain, server_hostname=host).close()
+        except ssl.SSLCertVerificationError as problem:
+            said = problem.verify_message
+            sentence = f"{address} has a certificate that is not accepted: {said}; check `tls.ca`"
+        except ssl.SSLError as problem:
+            sentence = f"{address} does not speak TLS as expected: {problem.reason}; check `tls` and the port"
+        except OSError as problem:
+            sentence = f"no broker can be reached at {address}: {problem.strerror or problem}"
+        else:
+            if connection.sasl is not None:
+                return f"a broker is at {address}, but refuses the login; check `sasl`: name and password"
+            return (
+                f"something is at {address}, but does not answer as a broker should; does it expect `tls` or "
+                "`sasl`, or are the addresses that it advertises out of reach?"
+            )
+    return sentence
+
+
+def _context(tls: Tls) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=tls.ca)
+    if tls.certificate is not None:
+        context.load_cert_chain(tls.certificate, tls.key)
+    return context
 
 
 def _readable(name: str, path: Path | None) -> str | None:

@@ -1,15 +1,15 @@
 """Events to a Kafka topic, each once and a stream's in order, whatever befalls the broker and this process.
 
-`write` puts events into a spool on disk and returns; a thread sends what is in it, oldest first. Each batch is
-one transaction, in which the position that it reaches in the spool is committed as well, as the offset of a
-consumer group that has no consumers. Whoever opens the spool next, this process after a failure or another one
-after a crash, first makes the broker settle the transaction that was under way, then asks it for that position:
-what was sent is known, not guessed. Consumers that read with `isolation_level=read_committed` see every event
-once; others see those of aborted transactions too, and can tell them by their `ce_id`.
+`write` puts events into a spool on disk and returns; a thread sends what is in it, oldest first. Each batch
+is one transaction, in which the position that it reaches in the spool is committed as well, as the offset of
+a consumer group that has no consumers. Whoever opens the spool next, this process after a failure or another
+one after a crash, first makes the broker settle the transaction that was under way, then asks it for that
+position: what was sent is known, not guessed. Consumers that read with `isolation_level=read_committed` see
+every event once; others see those of aborted transactions too, and can tell them by their `ce_id`.
 
-The transactional id and the group are both `onset-spool-ID`, with the spool's own id: two sinks never meet. For
-a user who may not do everything, grant on that prefix Describe and Write (transactional id) and Read (group),
-and on the topic Describe, Write and Read (offsets are committed for it).
+The transactional id and the group are both `onset-spool-ID`, with the spool's own id: two sinks never meet.
+A user who may not do everything needs Describe and Write (transactional id) and Read (group) on that prefix,
+and Describe, Write and Read on the topic (offsets are committed for it).
 
 This is the sink for frames that come over ZeroMQ: what reaches it is not lost; what comes before it can be.
 """
@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
-from kafka import KafkaConsumer, KafkaProducer, OffsetAndMetadata, TopicPartition
-from kafka.errors import KafkaError, KafkaTimeoutError, UnknownTopicOrPartitionError
+from kafka import KafkaConsumer, OffsetAndMetadata, TopicPartition
+from kafka.errors import UnknownTopicOrPartitionError
 from pydantic import Field
 
 from engine.errors import ConfigError, OnsetError
@@ -34,6 +33,7 @@ from stream.cloudevents import record
 from stream.counters import Counters
 from stream.events import Event
 from stream.kafka_connection import KafkaConnection, explain
+from stream.kafka_producer import TransactionalProducer
 from stream.spool import Spool, SpoolFull
 from stream.throttle import Throttle
 
@@ -41,11 +41,8 @@ log = logging.getLogger(__name__)
 
 # Events in one transaction at most: its round trips are shared by many, and repeating it is cheap.
 _BATCH = 500
-# A partition has one request on its way at a time, so that a retry overtakes nothing; this is how large.
-_REQUEST_BYTES = 256 * 1024
-# What a broker may take for one request; and for a batch, with its repetitions. Then all begins anew.
-_REQUEST_SECONDS = 10.0
-_BATCH_SECONDS = 30.0
+# How long one question about the spool's position may take; how long a failure is slept over.
+_ANSWER_SECONDS = 10.0
 _PAUSE_SECONDS = 1.0
 
 
@@ -85,7 +82,7 @@ class KafkaSink:
         self._identity = f"onset-spool-{self._spool.id}"
         self._place = TopicPartition(settings.topic, 0)
         self._work, self._closing, self._stop = threading.Event(), threading.Event(), threading.Event()
-        self._producer: KafkaProducer | None = None
+        self._producer: TransactionalProducer | None = None
         self._failure: OnsetError | None = None
         if self.depth:
             log.info("%s: %d events of an earlier run are sent first", settings.spool, self.depth)
@@ -129,8 +126,8 @@ class KafkaSink:
         self._thread.join(timeout)
         if self._thread.is_alive():
             self._stop.set()
-            self._thread.join(_PAUSE_SECONDS)
             self._hang_up()
+            self._thread.join(_PAUSE_SECONDS)
         if self.depth:
             log.warning(
                 "%s: %d events were not sent; they wait there for the next run",
@@ -150,7 +147,11 @@ class KafkaSink:
                 if isinstance(problem, OnsetError) and not isinstance(problem, ConfigError):
                     self._failure = problem  # the spool's disk: `write` says so
                     return
-                told = str(problem) if isinstance(problem, OnsetError) else explain(problem)
+                told = (
+                    str(problem)
+                    if isinstance(problem, OnsetError)
+                    else explain(problem, self._settings.connection)
+                )
                 self._throttle.warning("kafka", f"{told}; {self.depth} events wait in {self._settings.spool}")
             finally:
                 self._hang_up()
@@ -159,54 +160,27 @@ class KafkaSink:
     def _deliver(self) -> None:
         """Connect, settle what was under way, and send until there is an end. Raises whatever fails."""
         settings = self._settings
-        options = settings.connection.client_options()
-        self._producer = producer = KafkaProducer(
-            **options,
-            transactional_id=self._identity,
-            enable_idempotence=True,
-            acks="all",
-            compression_type=None if settings.compression == "none" else settings.compression,
-            batch_size=_REQUEST_BYTES,
-            request_timeout_ms=round(1000 * _REQUEST_SECONDS),
-            delivery_timeout_ms=round(1000 * _BATCH_SECONDS),
-            max_block_ms=round(1000 * _REQUEST_SECONDS),
-            bootstrap_timeout_ms=round(1000 * _REQUEST_SECONDS),
-            reconnect_backoff_max_ms=round(1000 * _PAUSE_SECONDS),
-            allow_auto_create_topics=False,
-        )
-        try:
-            producer.partitions_for(settings.topic)
-        except KafkaTimeoutError:  # the broker was there a moment ago: it is the topic that is not
-            raise UnknownTopicOrPartitionError() from None
-        producer.init_transactions()
+        compression = None if settings.compression == "none" else settings.compression
+        self._producer = producer = TransactionalProducer(settings.connection, self._identity, compression)
+        if not producer.has_topic(settings.topic):
+            raise UnknownTopicOrPartitionError()
         self._forget_what_was_sent()
         log.info("events go to topic %s; %d wait", settings.topic, self.depth)
         while self._has_work():
             batch = self._spool.peek(_BATCH)
             last, newest = batch[-1]
-            producer.begin_transaction()
-            # Kafka's timestamp is left to be that of sending: brokers refuse, or soon delete, records from
-            # another time, and a producer's clock may be wrong.
-            futures = [
-                producer.send(settings.topic, key=waiting.key, value=waiting.value, headers=waiting.headers)
-                for _, waiting in batch
-            ]
-            producer.send_offsets_to_transaction(
-                {self._place: OffsetAndMetadata(last, newest.id, -1)}, self._identity
-            )
-            # The client commits a transaction whose records it gave up (too late), so they are looked at first.
-            deadline = time.monotonic() + _BATCH_SECONDS
-            for future in futures:
-                future.get(timeout=max(0.0, deadline - time.monotonic()))
-            producer.commit_transaction()
+            producer.begin()
+            for _, waiting in batch:
+                producer.send(settings.topic, waiting)
+            producer.commit({self._place: OffsetAndMetadata(last, newest.id, -1)}, self._identity)
             self._spool.remove(last)
             self._counters.events_delivered.inc(len(batch))
 
     def _forget_what_was_sent(self) -> None:
         """Remove from the spool what the last transaction had committed before its end was known here.
 
-        The position counts only together with the id of the event there: a spool that was restored from a copy
-        has the same positions for other events.
+        The position counts only together with the id of the event there: a spool that was restored from a
+        copy has the same positions for other events.
         """
         options = self._settings.connection.client_options()
         with closing(
@@ -215,11 +189,11 @@ class KafkaSink:
                 group_id=self._identity,
                 enable_auto_commit=False,
                 isolation_level="read_committed",
-                bootstrap_timeout_ms=round(1000 * _REQUEST_SECONDS),
+                bootstrap_timeout_ms=round(1000 * _ANSWER_SECONDS),
             )
         ) as consumer:
             committed = consumer.committed(
-                self._place, metadata=True, timeout_ms=round(1000 * _REQUEST_SECONDS)
+                self._place, metadata=True, timeout_ms=round(1000 * _ANSWER_SECONDS)
             )
         if committed is None:
             return
@@ -243,5 +217,4 @@ class KafkaSink:
     def _hang_up(self) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
-            with suppress(KafkaError):  # it first waits, for no time, for what is on its way, and complains
-                producer.close(timeout=0)
+            producer.close()

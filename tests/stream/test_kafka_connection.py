@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,33 @@ def test_a_number_that_stands_for_a_password_is_not_said_either(tmp_path: Path) 
     with pytest.raises(ConfigError, match="line") as told:
         load_config(KafkaConnection, file)
     assert "98765432" not in str(told.value)
+
+
+def test_what_stands_where_a_broker_should_be_is_told_apart() -> None:
+    timeout = errors.KafkaTimeoutError("Unable to bootstrap")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        assert "does not answer as a broker should" in explain(timeout, connection(bootstrap=address))
+        assert "refuses the login" in explain(timeout, connection(bootstrap=address, sasl=LOGIN))
+        here = connection(bootstrap=["127.0.0.1:1", address])
+        assert address in explain(timeout, here)
+    assert "no broker can be reached at" in explain(timeout, connection(bootstrap=address))
+    assert "Connection refused" in explain(timeout, connection(bootstrap=address, tls={}))
+
+
+def test_a_server_without_tls_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with server.accept()[0] as client:
+                client.recv(1000)
+                client.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        settings = connection(bootstrap=f"127.0.0.1:{server.getsockname()[1]}", tls={})
+        assert "does not speak TLS" in explain(errors.KafkaTimeoutError(), settings)
+        thread.join()
 
 
 def test_every_error_of_a_broker_is_one_sentence() -> None:

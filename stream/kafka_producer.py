@@ -1,0 +1,118 @@
+"""A transactional producer whose calls end: with what they were to do, or with an error in bounded time.
+
+kafka-python 3.0.12 (look again when it changes; tests/stream/test_kafka_sink.py kills and cuts):
+- `send_offsets_to_transaction` and `commit_transaction` wait for ever when the connection to the coordinator
+  fails just as their request is to be sent: the request is forgotten. Here they wait for so long at most, for
+  which there is no public way.
+- `commit_transaction` commits although records were given up (`delivery_timeout_ms`). Here each is asked.
+- `close` with a timeout raises while records are on their way, and leaves its thread running.
+
+After an error the producer is of no use but to be closed: the next one with the same transactional id first
+has the broker end what was under way. Whether that was committed only a committed offset can tell.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from kafka import ConsumerGroupMetadata, KafkaProducer, OffsetAndMetadata, TopicPartition
+from kafka.errors import KafkaError, KafkaTimeoutError
+
+from stream.cloudevents import Record
+from stream.kafka_connection import KafkaConnection
+
+# A partition has one request on its way at a time, so that a retry overtakes nothing; this is how large.
+_REQUEST_BYTES = 256 * 1024
+# How long a broker may take to be there, to answer one request, and to take a whole transaction.
+_CONNECT_SECONDS = 5.0
+_REQUEST_SECONDS = 10.0
+_TRANSACTION_SECONDS = 15.0
+_CLOSE_SECONDS = 1.0
+
+
+class TransactionalProducer:
+    """Begins a transaction, takes records, commits them with offsets; again and again, then `close`."""
+
+    def __init__(
+        self, connection: KafkaConnection, transactional_id: str, compression: str | None = None
+    ) -> None:
+        """Connect, and have the broker end what an earlier producer of this id left under way.
+
+        Raises KafkaError when that is not possible, ConfigError for a secret that is not there.
+        """
+        self._futures: list[Any] = []
+        self._producer = KafkaProducer(
+            **connection.client_options(),
+            transactional_id=transactional_id,
+            enable_idempotence=True,
+            acks="all",
+            compression_type=compression,
+            batch_size=_REQUEST_BYTES,
+            request_timeout_ms=_milliseconds(_REQUEST_SECONDS),
+            delivery_timeout_ms=_milliseconds(_TRANSACTION_SECONDS),
+            max_block_ms=_milliseconds(_CONNECT_SECONDS),
+            bootstrap_timeout_ms=_milliseconds(_CONNECT_SECONDS),
+            reconnect_backoff_max_ms=1000,
+            allow_auto_create_topics=False,
+        )
+        try:
+            self._producer.init_transactions()
+        except BaseException:
+            self.close()
+            raise
+
+    def has_topic(self, topic: str) -> bool:
+        """Whether the topic exists, as far as this user may know. Raises KafkaError when it may not."""
+        try:
+            return bool(self._producer.partitions_for(topic))
+        except KafkaTimeoutError:
+            return False
+
+    def begin(self) -> None:
+        """Begin a transaction. Raises KafkaError."""
+        self._producer.begin_transaction()
+
+    def send(self, topic: str, record: Record) -> None:
+        """Make a record part of the transaction; it is on its way when this returns. Raises KafkaError.
+
+        Kafka's own timestamp is when it was sent: brokers refuse, or soon delete, records of another time,
+        and the clock of who captured the frames may be wrong.
+        """
+        self._futures.append(
+            self._producer.send(topic, key=record.key, value=record.value, headers=record.headers)
+        )
+
+    def commit(
+        self, offsets: Mapping[TopicPartition, OffsetAndMetadata], group: ConsumerGroupMetadata | str
+    ) -> None:
+        """Commit the records together with the offsets of `group`.
+
+        Raises KafkaError when it was not done, or when it is not known whether it was.
+        """
+        deadline = time.monotonic() + _TRANSACTION_SECONDS
+        futures, self._futures = self._futures, []
+        for future in futures:
+            future.get(timeout=max(0.0, deadline - time.monotonic()))
+        transactions = self._producer._transaction_manager
+        self._await(transactions.send_offsets_to_transaction(dict(offsets), group), deadline)
+        self._await(transactions.begin_commit(), deadline)
+
+    def close(self) -> None:
+        """Hang up at once; a transaction that is under way stays so until the id is used again."""
+        sender = self._producer._sender
+        sender.force_close()
+        sender.join(_CLOSE_SECONDS)
+        with suppress(KafkaError):
+            self._producer.close(timeout=0)
+
+    def _await(self, result: Any, deadline: float) -> None:
+        self._producer._sender.wakeup()
+        if not result.wait(timeout_ms=max(0.0, 1000 * (deadline - time.monotonic()))):
+            raise KafkaTimeoutError(f"no answer within {_TRANSACTION_SECONDS:g} s")
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(1000 * seconds)

@@ -21,7 +21,7 @@ from typing import Any
 from kafka import ConsumerGroupMetadata, KafkaProducer, OffsetAndMetadata, TopicPartition
 from kafka.errors import KafkaError, KafkaTimeoutError
 
-from stream.cloudevents import Record
+from stream.dead_letters import Headers
 from stream.kafka_connection import KafkaConnection
 
 # A partition has one request on its way at a time, so that a retry overtakes nothing; this is how large.
@@ -37,12 +37,20 @@ class TransactionalProducer:
     """Begins a transaction, takes records, commits them with offsets; again and again, then `close`."""
 
     def __init__(
-        self, connection: KafkaConnection, transactional_id: str, compression: str | None = None
+        self,
+        connection: KafkaConnection,
+        transactional_id: str,
+        compression: str | None = None,
+        timeout: float = _TRANSACTION_SECONDS,
+        max_record_bytes: int = 1024 * 1024,
     ) -> None:
         """Connect, and have the broker end what an earlier producer of this id left under way.
 
+        `timeout`: seconds for a transaction, after which it fails here and the broker gives it up.
+
         Raises KafkaError when that is not possible, ConfigError for a secret that is not there.
         """
+        self._timeout = timeout
         self._futures: list[Any] = []
         self._producer = KafkaProducer(
             **connection.client_options(),
@@ -52,7 +60,11 @@ class TransactionalProducer:
             compression_type=compression,
             batch_size=_REQUEST_BYTES,
             request_timeout_ms=_milliseconds(_REQUEST_SECONDS),
-            delivery_timeout_ms=_milliseconds(_TRANSACTION_SECONDS),
+            delivery_timeout_ms=_milliseconds(max(timeout, _REQUEST_SECONDS)),
+            transaction_timeout_ms=_milliseconds(timeout),
+            max_request_size=max_record_bytes,
+            # Right after a transaction the coordinator refuses the next for some milliseconds.
+            retry_backoff_ms=20,
             max_block_ms=_milliseconds(_CONNECT_SECONDS),
             bootstrap_timeout_ms=_milliseconds(_CONNECT_SECONDS),
             reconnect_backoff_max_ms=1000,
@@ -75,14 +87,21 @@ class TransactionalProducer:
         """Begin a transaction. Raises KafkaError."""
         self._producer.begin_transaction()
 
-    def send(self, topic: str, record: Record) -> None:
+    def send(
+        self,
+        topic: str,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Headers | None = None,
+        partition: int | None = None,
+    ) -> None:
         """Make a record part of the transaction; it is on its way when this returns. Raises KafkaError.
 
         Kafka's own timestamp is when it was sent: brokers refuse, or soon delete, records of another time,
         and the clock of who captured the frames may be wrong.
         """
         self._futures.append(
-            self._producer.send(topic, key=record.key, value=record.value, headers=record.headers)
+            self._producer.send(topic, key=key, value=value, headers=headers, partition=partition)
         )
 
     def commit(
@@ -92,7 +111,7 @@ class TransactionalProducer:
 
         Raises KafkaError when it was not done, or when it is not known whether it was.
         """
-        deadline = time.monotonic() + _TRANSACTION_SECONDS
+        deadline = time.monotonic() + self._timeout
         futures, self._futures = self._futures, []
         for future in futures:
             future.get(timeout=max(0.0, deadline - time.monotonic()))
@@ -111,7 +130,7 @@ class TransactionalProducer:
     def _await(self, result: Any, deadline: float) -> None:
         self._producer._sender.wakeup()
         if not result.wait(timeout_ms=max(0.0, 1000 * (deadline - time.monotonic()))):
-            raise KafkaTimeoutError(f"no answer within {_TRANSACTION_SECONDS:g} s")
+            raise KafkaTimeoutError(f"no answer within {self._timeout:g} s")
 
 
 def _milliseconds(seconds: float) -> int:

@@ -171,7 +171,7 @@ class KafkaSink:
             last, newest = batch[-1]
             producer.begin()
             for _, waiting in batch:
-                producer.send(settings.topic, waiting)
+                producer.send(settings.topic, waiting.key, waiting.value, waiting.headers)
             producer.commit({self._place: OffsetAndMetadata(last, newest.id, -1)}, self._identity)
             self._spool.remove(last)
             self._counters.events_delivered.inc(len(batch))

@@ -271,8 +271,8 @@ class KafkaSource:
             for name, what in ((settings.topic, "topic"), (settings.events, "events")):
                 if not there.get(name):
                     raise ConfigError(
-                        f"`{what}`: there is no topic {name!r} at {settings.connection.bootstrap[0]}; make it "
-                        f"with kafka-topics.sh --create --topic {name} --partitions N --bootstrap-server ..."
+                        f"`{what}`: no topic {name!r} is at {settings.connection.bootstrap[0]}; make it: "
+                        f"kafka-topics.sh --create --topic {name} --partitions N --bootstrap-server ..."
                     )
             partitions, state = there[settings.topic], settings.state_topic
             if state not in there:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -35,12 +36,10 @@ log = logging.getLogger(__name__)
 # How soon a signal is noticed when nothing arrives.
 _POLL_SECONDS = 0.1
 _PAUSE_SECONDS = 1.0
-# What a stop waits for the last commit; systemd's patience (TimeoutStopSec) is longer.
-_LAST_COMMIT_SECONDS = 10.0
 
 
 class Stopped(Exception):
-    """A broker did not answer while the service was stopping."""
+    """The service is to stop while it waits for a broker."""
 
 
 def work(config: ServiceConfig, settings: KafkaSourceSettings, around: Surroundings) -> None:
@@ -48,23 +47,25 @@ def work(config: ServiceConfig, settings: KafkaSourceSettings, around: Surroundi
     throttle = Throttle(log)
     session = around.engine()
     around.health.set("engine", True)
+    identity = str(uuid.uuid4())
     is_new = True
     while not around.stop.is_set():
         worker = None
         try:
-            worker = Worker(config, settings, around, session)
+            around.beat()
+            worker = Worker(config, settings, around, session, identity)
             if is_new:
                 log.info("ready: reading topic %s as one of group %s", settings.topic, settings.group)
                 around.ready(", ".join(settings.connection.bootstrap))
             is_new = False
             worker.run()
         except Stopped:
-            log.warning("stopped while the broker did not answer; what was not committed is read again")
+            log.info("stopped before its partitions were taken up")
         except (KafkaError, ConfigError, DataError) as problem:
             if is_new and isinstance(problem, OnsetError):
                 raise
             around.counters.restarts.inc()
-            told = str(problem) if isinstance(problem, OnsetError) else explain(problem)
+            told = str(problem) if isinstance(problem, OnsetError) else explain(problem, settings.connection)
             throttle.warning("kafka", f"{told}; beginning anew from the last commit")
         finally:
             around.health.set("source", False, "not in the group")
@@ -78,12 +79,16 @@ class Worker:
     """One life of a worker: from joining the group to leaving it, or to the first failure."""
 
     def __init__(
-        self, config: ServiceConfig, settings: KafkaSourceSettings, around: Surroundings, session: Session
+        self,
+        config: ServiceConfig,
+        settings: KafkaSourceSettings,
+        around: Surroundings,
+        session: Session,
+        identity: str,
     ) -> None:
         """Raises ConfigError, KafkaError."""
         self.session = session
         self._config, self._kafka, self._around, self._counters = config, settings, around, around.counters
-        self._stopping_since = 0.0
         self._throttle = Throttle(log)
         self._partitions: dict[int, Partition] = {}
         self._offsets: dict[int, tuple[int, str]] = {}  # as they were committed last
@@ -92,7 +97,7 @@ class Worker:
         self._runtime = self._new_runtime()
         self._source = KafkaSource(settings, self._wait)
         try:
-            self._delivery = open_delivery(settings, self._source, self._counters, self._wait)
+            self._delivery = open_delivery(settings, self._source, self._counters, identity)
         except BaseException:
             self._source.close()
             raise
@@ -116,8 +121,8 @@ class Worker:
             partition.leave()
 
     def _round(self) -> None:
+        self._around.beat()
         polled = self._source.poll(_POLL_SECONDS)
-        self._wait()
         for number in polled.lost & self._partitions.keys():
             self._partitions.pop(number).leave()
             with suppress(KeyError):
@@ -268,10 +273,7 @@ class Worker:
         return Runtime(self.session, self._hear, self._config, self._counters, decoding)
 
     def _wait(self) -> None:
-        """The main loop goes round, or waits for a broker; raises Stopped when it has waited enough."""
+        """For a broker; raises Stopped when there is no need to."""
         self._around.beat()
         if self._around.stop.is_set():
-            now = time.monotonic()
-            self._stopping_since = self._stopping_since or now
-            if now - self._stopping_since > _LAST_COMMIT_SECONDS:
-                raise Stopped
+            raise Stopped

@@ -3,8 +3,8 @@
     python -m tests.kafka.chaos --seconds 600 --brokers 3
 
 While messages come in, at random moments a worker is killed and another started, a broker is killed or
-stopped and started again, a worker joins or leaves the group, the network to a broker is cut. It ends with one
-line of counts, and fails unless nothing was lost or told twice, byte for byte and in order.
+stopped and started again, a worker joins or leaves the group, the network to a broker is cut. It ends with
+one line of counts, and fails unless nothing was lost or told twice, byte for byte and in order.
 """
 
 from __future__ import annotations

@@ -96,9 +96,9 @@ class Feed:
         for message in messages:
             self.send_bytes(message.stream.encode(), encode(message))
 
-    def send_bytes(self, key: bytes, value: bytes) -> None:
+    def send_bytes(self, key: bytes | None, value: bytes | None, partition: int | None = None) -> None:
         """Whatever it may be."""
-        self._producer.send(self._topic, key=key, value=value)
+        self._producer.send(self._topic, key=key, value=value, partition=partition)
 
     def close(self) -> None:
         """Everything has arrived."""
@@ -164,6 +164,18 @@ class WorkerProcess:
 def read_events(cluster: Cluster, topic: str) -> dict[str, list[bytes]]:
     """All committed events by stream, in the order of their partition."""
     found: dict[str, list[bytes]] = {}
+    for record in _read(cluster, topic):
+        found.setdefault(record.key.decode(), []).append(record.value)
+    return found
+
+
+def read_letters(cluster: Cluster, topic: str) -> list[tuple[dict[str, bytes], bytes]]:
+    """All committed dead letters: headers and value."""
+    return [(dict(record.headers), record.value) for record in _read(cluster, topic)]
+
+
+def _read(cluster: Cluster, topic: str) -> list[Any]:
+    found: list[Any] = []
     with closing(
         KafkaConsumer(
             **cluster.client_settings(),
@@ -179,8 +191,7 @@ def read_events(cluster: Cluster, topic: str) -> dict[str, list[bytes]]:
         ends = consumer.end_offsets(places)
         while any(consumer.position(place) < ends[place] for place in places):
             for batch in consumer.poll(timeout_ms=200).values():
-                for record in batch:
-                    found.setdefault(record.key.decode(), []).append(record.value)
+                found += batch
     return found
 
 
@@ -214,3 +225,13 @@ def await_committed(cluster: Cluster, config: Path, messages: int, seconds: floa
         while sum(consumer.committed(place) or 0 for place in places) < messages:
             assert time.monotonic() < deadline, f"not {messages} messages committed within {seconds:g} s"
             time.sleep(0.1)
+
+
+def await_line(log: Path, text: str, seconds: float = 60.0) -> None:
+    """Until a log says so."""
+    deadline = time.monotonic() + seconds
+    while text not in (log.read_text(errors="replace") if log.exists() else ""):
+        assert time.monotonic() < deadline, (
+            f"{text!r} is not in the log: {log.read_text(errors='replace')[-4000:]}"
+        )
+        time.sleep(0.05)

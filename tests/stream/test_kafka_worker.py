@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from stream.wire import encode
 from tests.kafka.broker import Cluster
 from tests.kafka.flow import (
+    RATE,
     Feed,
     WorkerProcess,
     await_committed,
     await_ends,
+    await_line,
     expected_events,
     messages_of,
+    read_letters,
     worker_config,
 )
+from tests.kafka.ports import free_port
 
 
 @pytest.mark.parametrize("delivery", ["exactly-once", "at-least-once"])
@@ -60,3 +68,162 @@ def test_a_worker_that_is_killed_has_a_successor_that_says_the_rest(
         worker.stop()
     assert events == expected_events(tiny_bundle, messages)
     assert "messages are read again" in (tmp_path / "log").read_text()
+
+
+def test_a_worker_logs_in_by_tls_and_scram_and_never_tells_the_password(
+    has_kafka: None, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with Cluster(tmp_path / "kafka", sasl=True) as cluster:
+        assert cluster.credentials is not None
+        topics = {"frames": "frames", "events": "events"}
+        cluster.create_topic("frames", 2)
+        cluster.create_topic("events", 2)
+        messages = messages_of(2, 500)
+        feed = Feed(cluster, "frames")
+        feed.send(messages)
+        feed.close()
+        tls = {"ca": str(cluster.credentials.ca_file)}
+        secret = tmp_path / "secret"
+        connection = {
+            "bootstrap": cluster.bootstrap,
+            "tls": tls,
+            "sasl": {"username": cluster.credentials.user, "password_file": "secret"},
+        }
+        config = worker_config(tmp_path, tiny_bundle, cluster, topics, kafka={"connection": connection})
+
+        secret.write_text("wrong" + cluster.credentials.password)
+        stranger = WorkerProcess(config, log)
+        await_line(log, "refuses the login; check `sasl`")
+        stranger.kill()
+
+        secret.write_text(cluster.credentials.password)
+        worker = WorkerProcess(config, log)
+        try:
+            events = await_ends(cluster, "events", ["s0", "s1"], 60)
+        finally:
+            worker.stop()
+        assert events == expected_events(tiny_bundle, messages)
+        assert cluster.credentials.password not in log.read_text()
+
+
+def test_what_is_wrong_with_the_topics_is_said_at_the_start(
+    kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    frames, events, state = topic(2), topic(2), topic(2)
+    for changes, why in (
+        ({"topic": "no-such-topic"}, "`topic`: no topic 'no-such-topic' is at"),
+        ({"events": "no-such-topic"}, "kafka-topics.sh --create --topic no-such-topic"),
+        ({"state": state}, "make it compact"),
+    ):
+        log = tmp_path / f"log-{len(why)}"
+        config = worker_config(
+            tmp_path, tiny_bundle, kafka, {"frames": frames, "events": events}, kafka=changes
+        )
+        worker = WorkerProcess(config, log)
+        assert worker.process.wait(60) == 2
+        assert why in log.read_text()
+
+
+def test_a_worker_without_a_broker_waits_for_one_and_stops_when_told(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    away = Nowhere()
+    config = worker_config(tmp_path, tiny_bundle, away, {"frames": "frames", "events": "events"})  # type: ignore[arg-type]
+    worker = WorkerProcess(config, log)
+    await_line(log, "no broker can be reached")
+    assert worker.stop() == 0
+
+
+class Nowhere:
+    """A cluster that is not there."""
+
+    def __init__(self) -> None:
+        self.bootstrap = [f"127.0.0.1:{free_port()}"]
+
+
+def test_messages_that_cannot_be_read_go_to_their_topic_with_the_reason(
+    kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    topics = {"frames": topic(2), "events": topic(2)}
+    letters = topic()
+    messages = messages_of(2, 500)
+    feed = Feed(kafka, topics["frames"])
+    half = len(messages) // 2
+    feed.send_bytes(b"s0", b"\xc1 what is this?")
+    feed.send(messages[:half])
+    config = worker_config(tmp_path, tiny_bundle, kafka, topics, dead_letters={"kafka_topic": letters})
+    worker = WorkerProcess(config, tmp_path / "log")
+    await_committed(kafka, config, half)
+    for partition in (0, 1):  # a stream belongs in one partition
+        feed.send_bytes(b"a key of its own", encode(messages[0]), partition)
+    await_committed(kafka, config, half + 3)
+    feed.send(messages[half:])
+    feed.close()
+    try:
+        events = await_ends(kafka, topics["events"], ["s0", "s1"], 60)
+    finally:
+        worker.stop()
+    assert events == expected_events(tiny_bundle, messages)
+    found = {headers["onset-reason"]: value for headers, value in read_letters(kafka, letters)}
+    assert found[b"not_msgpack"] == b"\xc1 what is this?"
+    assert found[b"partition"] == encode(messages[0])
+
+
+def test_at_least_once_says_some_events_again_after_a_kill_and_loses_none(
+    kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    topics = {"frames": topic(2), "events": topic(2)}
+    messages = messages_of(3, 2000)
+    config = worker_config(
+        tmp_path, tiny_bundle, kafka, topics, kafka={"delivery": "at-least-once", "commit_interval": 2.0}
+    )
+    feed = Feed(kafka, topics["frames"])
+    half = len(messages) // 2
+    feed.send(messages[:half])
+    worker = WorkerProcess(config, tmp_path / "log")
+    await_committed(kafka, config, half // 3)
+    worker.kill()
+    worker = WorkerProcess(config, tmp_path / "log")
+    feed.send(messages[half:])
+    feed.close()
+    try:
+        events = await_ends(kafka, topics["events"], ["s0", "s1", "s2"], 90)
+    finally:
+        worker.stop()
+    for stream, expected in expected_events(tiny_bundle, messages).items():
+        assert list(dict.fromkeys(events[stream])) == expected, "once the repeats are left out"
+
+
+def test_a_worker_swaps_its_bundle_without_losing_a_message(
+    kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, other_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    topics = {"frames": topic(2), "events": topic(2)}
+    messages = messages_of(3, 3000)
+    config = worker_config(tmp_path, bundle, kafka, topics)
+    feed = Feed(kafka, topics["frames"])
+    half = len(messages) // 2
+    feed.send(messages[:half])
+    worker = WorkerProcess(config, tmp_path / "log")
+    await_committed(kafka, config, half)
+    shutil.copytree(other_bundle, bundle, dirs_exist_ok=True)
+    worker.process.send_signal(signal.SIGHUP)
+    await_line(tmp_path / "log", "takes over from")
+    feed.send(messages[half:])
+    feed.close()
+    try:
+        events = await_ends(kafka, topics["events"], ["s0", "s1", "s2"], 60)
+    finally:
+        worker.stop()
+    for stream, expected in expected_events(tiny_bundle, messages).items():
+        read = [json.loads(event) for event in events[stream]]
+        assert len({event["bundle"] for event in read}) == 2
+        beginnings = sum(b'"stream.started"' in event for event in expected)  # the first, and after gaps
+        assert [event["type"] for event in read].count("stream.started") == beginnings
+        assert read[-1]["time"] == 3000 / RATE
+        started = [e["instance_id"] for e in read if e["type"] == "action.started"]
+        over = [e["instance_id"] for e in read if e["type"] in ("action.ended", "action.aborted")]
+        assert sorted(started) == sorted(over)

@@ -28,6 +28,12 @@ END_OF_STREAM = "end of stream"
 _SAVED = ("epoch", "floor", "reach", "seen", "chunks", "now", "captured")
 
 
+def blank(ring: Ring, epoch: int, seen: float) -> dict[str, Any]:
+    """What `LiveStream.save` returns of a stream that has just opened, with a new ring."""
+    values = {"epoch": epoch, "floor": 0, "reach": 0, "seen": seen, "chunks": 0, "now": 0.0, "captured": None}
+    return values | {"ring": ring.save()}
+
+
 @dataclass
 class LiveStream:
     """One stream in one epoch of its producer."""

@@ -61,6 +61,7 @@ class _Known:
     is_marked: bool = False
     is_written: bool = False  # there is a current life in the topic
     is_awake: bool = True
+    unwritten: Mark | None = None  # a mark that the topic does not have yet
 
 
 class Partition:
@@ -191,6 +192,9 @@ class Partition:
             if not known.is_written or name in self._spoken:
                 known.is_written = True
                 records.append((key_of(Life, name), packed(self._life(standing, known))))
+            if known.unwritten is not None:
+                records.append((key_of(Mark, name), packed(known.unwritten)))
+                known.unwritten = None
             if known.is_awake:
                 records += self._mark(name, standing, known)
         self._spoken.clear()
@@ -253,11 +257,18 @@ class Partition:
             mark = marks.get(name)
             if mark is not None and mark.offset >= first:
                 self._take_up_marked(name, life, mark)
-            elif mark is None and life.offset >= first and life.bundle == self._bundle:
-                self._skip[name] = life.offset  # it is young: all of it is read again
-                self._awaited[name] = life
+            elif mark is None and life.offset >= first:  # it is young: all of it is read again
+                if life.bundle == self._bundle:
+                    self._skip[name], self._awaited[name] = life.offset, life
+                else:
+                    self._take_up_marked(name, life, self._mark_of_young(life))
             else:
                 self._lose(name, life, LOST, is_marked=mark is not None)
+
+    def _mark_of_young(self, life: Life) -> Mark:
+        """Another bundle began it, and has announced things: it sleeps from its first message on."""
+        saved = self._runtime.blank(life.epoch, life.clock)
+        return Mark(life.offset, life.clock, saved, self.committed, None, life.bundle)
 
     def _take_up_marked(self, name: str, life: Life, mark: Mark) -> None:
         self._skip[name] = mark.offset
@@ -276,6 +287,9 @@ class Partition:
             known = _Known(number, mark.offset, mark.clock, life.offset, life.clock, deque())
             known.is_marked = known.is_written = True
             known.is_awake = False
+            if mark.bundle != self._bundle:
+                # Until there is a mark of this bundle, a successor has to do the same.
+                known.unwritten = mark
             self._known[name] = known
             wake_at = mark.woken if mark.bundle == self._bundle else self.committed
             self._plan.append((wake_at, wake))

@@ -31,7 +31,7 @@ from engine.session import Session
 from stream.config import RuntimeSettings
 from stream.counters import Counters
 from stream.events import Event
-from stream.live_stream import LiveStream
+from stream.live_stream import LiveStream, blank
 from stream.ring import Chunk, End, Gap, Ring
 from stream.segments import Segments
 from stream.throttle import Throttle
@@ -223,6 +223,10 @@ class Runtime:
         """What `wake` takes."""
         tracker = self._streams[stream].tracker
         return None if tracker is None else tracker.save()
+
+    def blank(self, epoch: int, seen: float) -> dict[str, Any]:
+        """What `save` returns of a stream that has just opened, and `restore` takes."""
+        return blank(self._new_ring(), epoch, seen)
 
     def restore(self, stream: str, saved: Mapping[str, Any]) -> bool:
         """Put a saved stream in place, asleep: no event comes of it until `wake`. False: it found no place.

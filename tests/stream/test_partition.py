@@ -199,9 +199,9 @@ def open_in(events: list[str]) -> set[str | None]:
     return {name for kind, name in kinds(events) if kind == "action.started"} - over
 
 
-def stopped_in_action(bundle: Path) -> Broker:
-    """The same, late in the log, with actions under way."""
-    return next(broker for n in range(80, 97) if open_in((broker := stopped_at(bundle, n)).events))
+def stopped_in_action(bundle: Path, messages: range = range(80, 97)) -> Broker:
+    """The same, with actions under way."""
+    return next(broker for n in messages if open_in((broker := stopped_at(bundle, n)).events))
 
 
 def kinds(events: list[str]) -> list[tuple[str, str | None]]:
@@ -264,12 +264,16 @@ def test_messages_deleted_before_they_were_read_are_told(
     assert is_whole(broker.events)
 
 
-def test_another_bundle_goes_on_with_the_actions_that_are_open(tiny_bundle: Path, other_bundle: Path) -> None:
-    broker = stopped_in_action(tiny_bundle)
+@pytest.mark.parametrize("messages", [range(15, 40), range(80, 97)], ids=["young", "marked"])
+def test_another_bundle_goes_on_with_the_actions_that_are_open(
+    messages: range, tiny_bundle: Path, other_bundle: Path
+) -> None:
+    broker = stopped_in_action(tiny_bundle, messages)
     before = len(broker.events)
-    worker = Worker(other_bundle, broker)
-    worker.read(STEADY, 100)
-    worker.commit()
+    for stop in (broker.offset + 1, broker.offset + 2, 100):  # its successors have the same to do
+        worker = Worker(other_bundle, broker)
+        worker.read(STEADY[:stop], 100)
+        worker.commit()
     later = [json.loads(event) for event in broker.events[before:]]
     assert {event["bundle"] for event in later} == {worker.session.manifest.id}
     assert "stream.started" not in [event["type"] for event in later]

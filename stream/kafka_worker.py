@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -94,7 +94,7 @@ class Worker:
         self._offsets: dict[int, tuple[int, str]] = {}  # as they were committed last
         self._homes: dict[str, int] = {}  # stream -> its partition
         self._committed_at = time.monotonic()
-        self._runtime = self._new_runtime()
+        self._runtime = self._new_runtime(session)
         self._source = KafkaSource(settings, self._wait)
         try:
             self._delivery = open_delivery(settings, self._source, self._counters, identity)
@@ -117,8 +117,7 @@ class Worker:
         self._delivery.close()
         with suppress(KafkaError):
             self._source.close()
-        for partition in self._partitions.values():
-            partition.leave()
+        self._runtime.forget(self._runtime.streams)
 
     def _round(self) -> None:
         self._around.beat()
@@ -136,7 +135,7 @@ class Worker:
         for number, partition in self._partitions.items():
             partition.reach(self._source.position(number))
         self._runtime.drain()
-        self._look_at_clocks(idle=not polled.records)
+        self._look_at_clocks(busy=polled.records.keys())
         self._commit()
         replaying = [number for number, partition in self._partitions.items() if partition.is_replaying]
         if replaying:
@@ -185,7 +184,7 @@ class Worker:
             self._delivery.tell(events)
             self._counters.observe_events(events, time.time())
 
-    def _look_at_clocks(self, idle: bool) -> None:
+    def _look_at_clocks(self, busy: Collection[int]) -> None:
         now = time.time()
         for number, partition in self._partitions.items():
             if partition.is_replaying:
@@ -193,7 +192,7 @@ class Worker:
             lag = self._source.lag(number)
             if lag is not None:
                 self._counters.lag_messages.labels(self._kafka.topic, str(number)).set(lag)
-            partition.tick(now if idle and lag == 0 else None)
+            partition.tick(now if number not in busy and lag == 0 else None)
 
     def _commit(self, at_once: bool = False) -> None:
         now = time.monotonic()
@@ -252,8 +251,10 @@ class Worker:
         self._around.notifier.reloading()
         try:
             session = self._around.engine()
+            self._runtime.check_swap(session)
+            runtime = self._new_runtime(session)
         except OnsetError as problem:
-            log.error("the bundle stays as it was: %s", problem)
+            log.error("the bundle stays %s: %s", self.session.manifest.id, problem)
             self._around.notifier.ready()
             return
         self._commit(at_once=True)
@@ -262,15 +263,14 @@ class Worker:
             partition.leave()
         self._partitions.clear()
         log.info("bundle %s takes over from %s", session.manifest.id, self.session.manifest.id)
-        self.session = session
-        self._runtime = self._new_runtime()
+        self.session, self._runtime = session, runtime
         self._take_up(numbers)
         self._counters.bundle_swaps.inc()
         self._around.notifier.ready()
 
-    def _new_runtime(self) -> Runtime:
-        decoding = overridden(self.session.manifest.decoding, self._config.decoding, "decoding")
-        return Runtime(self.session, self._hear, self._config, self._counters, decoding)
+    def _new_runtime(self, session: Session) -> Runtime:
+        decoding = overridden(session.manifest.decoding, self._config.decoding, "decoding")
+        return Runtime(session, self._hear, self._config, self._counters, decoding)
 
     def _wait(self) -> None:
         """For a broker; raises Stopped when there is no need to."""

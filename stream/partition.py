@@ -25,7 +25,8 @@ from typing import Any
 from engine.manifest import Manifest
 from stream.checkpoint import Committed, Life, Mark, key_of, packed, read_records
 from stream.events import Event
-from stream.runtime import Runtime, Standing
+from stream.live_stream import Standing
+from stream.runtime import Runtime
 from stream.tracker import TIME_DIGITS, OpenAction
 from stream.wire import Message
 

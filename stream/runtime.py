@@ -19,7 +19,6 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from engine.session import Session
 from stream.config import RuntimeSettings
 from stream.counters import Counters
 from stream.events import Event
-from stream.live_stream import LiveStream, blank
+from stream.live_stream import LiveStream, Standing, blank
 from stream.ring import Chunk, End, Gap, Ring
 from stream.segments import Segments
 from stream.throttle import Throttle
@@ -49,20 +48,6 @@ EventSink = Callable[[Sequence[Event]], None]
 
 # Streams that ended are remembered, so that a late message does not open them again; the oldest are dropped.
 _REMEMBERED_PER_STREAM = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """Where a stream stands: what is to be known of it even if nothing else is left."""
-
-    is_open: bool
-    epoch: int
-    reach: int  # one past its newest sample
-    life: int = 0  # another number whenever it opens again
-    chunks: int = 0
-    actions: Sequence[OpenAction] = ()
-    now: float = 0.0
-    captured: float | None = None
 
 
 class Runtime:
@@ -200,20 +185,10 @@ class Runtime:
 
     def standing(self, stream: str) -> Standing | None:
         """What a successor has to know of a stream; None: nothing is known of it."""
-        found = self._streams.get(stream)
-        if found is None:
-            ended = self._ended.get(stream)
-            return None if ended is None else Standing(False, *ended)
-        return Standing(
-            True,
-            found.epoch,
-            found.reach,
-            found.number,
-            found.chunks,
-            found.open_actions,
-            found.now,
-            found.captured,
-        )
+        found, ended = self._streams.get(stream), self._ended.get(stream)
+        if found is not None:
+            return found.standing
+        return None if ended is None else Standing(False, *ended)
 
     def save(self, stream: str) -> dict[str, Any]:
         """What `restore` takes; all that was offered must have been digested (`drain`)."""
@@ -277,6 +252,19 @@ class Runtime:
         The new states are warmed with the newest samples, as far back as the rings reach. Raises BundleError
         when it was made for other streams, and what the constructor raises; then all is as it was.
         """
+        self.check_swap(session)
+        self.drain()
+        previous = self._session
+        self._take(session, decoding)
+        for stream in self._streams.values():
+            previous.close(stream.slot)
+            stream.slot = session.open()
+            for samples, mask in stream.hand_over(self._new_ring(), session.manifest):
+                session.step([stream.slot], samples[None], mask[None])
+        self.counters.bundle_swaps.inc()
+
+    def check_swap(self, session: Session) -> None:
+        """Raises BundleError when the streams that are open are not those that its bundle was made for."""
         old, new = self._manifest, session.manifest
         fits = (new.frame.sample_rate, new.frame.channels) == (old.frame.sample_rate, old.frame.channels)
         if not fits or old.chunk_samples > 2 * new.chunk_samples:
@@ -285,15 +273,6 @@ class Runtime:
                 f"{new.frame.sample_rate:g} Hz; the open streams come in {old.chunk_samples} of "
                 f"{old.frame.channels} at {old.frame.sample_rate:g} Hz: start another service for it"
             )
-        self.drain()
-        previous = self._session
-        self._take(session, decoding)
-        for stream in self._streams.values():
-            previous.close(stream.slot)
-            stream.slot = session.open()
-            for samples, mask in stream.hand_over(self._new_ring(), new):
-                session.step([stream.slot], samples[None], mask[None])
-        self.counters.bundle_swaps.inc()
 
     def _take(self, session: Session, decoding: Decoding | None) -> None:
         """Make `session` the one that is used."""

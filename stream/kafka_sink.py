@@ -115,6 +115,7 @@ class KafkaSink:
                 self._throttle.warning(
                     "events lost", f"{self._settings.spool} is full, the oldest are dropped"
                 )
+            self._counters.spool_events.set(self.depth)
             self._work.set()
             return
         raise self._failure
@@ -175,6 +176,7 @@ class KafkaSink:
             producer.commit({self._place: OffsetAndMetadata(last, newest.id, -1)}, self._identity)
             self._spool.remove(last)
             self._counters.events_delivered.inc(len(batch))
+            self._counters.spool_events.set(self.depth)
 
     def _forget_what_was_sent(self) -> None:
         """Remove from the spool what the last transaction had committed before its end was known here.

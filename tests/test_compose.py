@@ -10,8 +10,10 @@ import pytest
 import typer
 import yaml
 
+from engine.manifest import read_bundle
 from onset import app
 from stream.config import load_service_config
+from stream.partition import warm_chunks
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -59,6 +61,21 @@ def test_everybody_means_the_same_broker_and_the_same_topics() -> None:
     assert (config.bundle / "bundle.json").exists()
     (program,) = here(SERVICES["consumer"]["entrypoint"])[1:]
     assert Path(program).exists()
+
+
+def test_messages_are_kept_for_longer_than_they_are_read_again() -> None:
+    """As stream/KAFKA.md says it: a mark is so many chunks old, at most, when the next is made."""
+    config = load_service_config(DEPLOY / "compose-service.yaml")
+    manifest, _ = read_bundle(config.bundle)
+    warm = warm_chunks(manifest, config.max_gap)
+    chunks, chunk_seconds = warm + warm // 2, manifest.chunk / manifest.frame.rate
+    seconds = chunks * chunk_seconds
+    said = (ROOT / "stream" / "KAFKA.md").read_text()
+    assert f"{seconds:.0f} s ({chunks} chunks of {chunk_seconds:g} s)" in said
+    (script,) = SERVICES["topics"]["command"]
+    (kept,) = re.findall(r"retention\.ms=(\d+)", script)
+    assert int(kept) / 1000 > 2 * seconds
+    assert "message.timestamp.type=LogAppendTime" in script
 
 
 def test_health_is_asked_where_it_is_told() -> None:

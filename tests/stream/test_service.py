@@ -447,14 +447,6 @@ def test_the_configuration_is_strict_and_knows_where_it_lies(tiny_bundle: Path, 
             load_service_config(write_config(tmp_path, tiny_bundle, **changes))
 
 
-def test_the_example_configuration_is_valid_and_shows_the_defaults() -> None:
-    path = ROOT / "configs" / "service.yaml"
-    config = load_service_config(path)
-    defaults = ServiceConfig(bundle=config.bundle, source=config.source, sinks=config.sinks)
-    assert config == defaults
-    assert config.source.zmq == ZmqSettings()
-
-
 def test_wrong_options_are_one_sentence_and_status_2(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", GOOD)
     for arguments, words in [

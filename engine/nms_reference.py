@@ -80,7 +80,7 @@ class NmsSettings(Strict):
     min_score: float = Field(0.001, ge=0, le=1, description="suppressed to below this, it is dropped")
     min_length: float = Field(0.0, ge=0, le=2**24, description="shorter segments are no candidates; samples")
     method: Literal["soft", "hard"] = Field("soft", description="what overlap does: lower a score, or remove")
-    iou_threshold: float = Field(0.1, gt=0, le=1, description="hard: overlap from which on it removes")
+    iou_threshold: float = Field(0.1, ge=1e-6, le=1, description="hard: overlap from which on it removes")
     sigma: float = Field(0.5, ge=1e-3, le=1e3, description="soft: the larger, the less it lowers scores")
     top_k: Bounded = Field(512, description="candidates at most, over all classes")
     max_segments: Bounded = Field(64, description="segments at most that a step gives out")

@@ -157,9 +157,9 @@ def _offline(rng: np.random.Generator) -> Case:
     """Scores and segments, some of which are none."""
     batch, moments, classes, remembered = _sizes(rng, int(rng.choice([1, 3, 50, 200])))
     scores = rng.beta(0.4, 3, (batch, moments, classes))
-    start, length = rng.uniform(0, 100, (batch, moments)), rng.lognormal(2, 1, (batch, moments))
+    start, length = rng.uniform(0, 300, (batch, moments)), rng.lognormal(4, 1, (batch, moments))
     if rng.random() < 0.5:
-        scores, start, length = scores.round(1), start.round(-1), length.round(-1)
+        scores, start, length = scores.round(1), start.round(-2), length.round(-2)
     if rng.random() < 0.2:
         odd = np.array([np.nan, np.inf, -1.0, 0.0, 1.0, 65504.0])
         scores[rng.random(scores.shape) < 0.1] = rng.choice(odd)

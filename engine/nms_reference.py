@@ -101,15 +101,15 @@ def keep(
 ) -> Kept:
     """Scores [B, N, K], offsets [B, N, 2] and memory [B, 1 + 3 R] through the steps of the module's text.
 
-    Raises EngineError when the shapes do not fit.
+    Raises EngineError when the shapes do not fit or the chunk is too long.
     """
     batch, moments = scores.shape[:2] if scores.ndim == 3 else (-1, -1)
     remembered, rest = divmod(memory.shape[-1] - 1, 3)
     fits = offsets.shape == (batch, moments, 2) and memory.shape == (batch, 1 + 3 * remembered) and not rest
-    if not fits or 0 in scores.shape[1:]:
+    if not fits or 0 in scores.shape[1:] or moments * settings.hop > FARTHEST:
         raise EngineError(
             f"scores {list(scores.shape)}, offsets {list(offsets.shape)} and memory {list(memory.shape)} "
-            "do not fit, expected [B, N, K], [B, N, 2] and [B, 1 + 3 R]"
+            f"do not fit, expected [B, N, K], [B, N, 2] and [B, 1 + 3 R], with N * {settings.hop} up to 2^24"
         )
     most = settings.max_segments
     out = Kept(

@@ -1,12 +1,16 @@
-"""What tests need to run a compiled OnsetNMS: its C structures, and cases to run it on.
+"""A compiled OnsetNMS, called through ctypes, and cases to call it on.
 
 Tensors are laid into memory that was poisoned before, with guards around each, which `Arena.read` checks.
+Knows neither whether it runs on a GPU nor how it came to be.
 """
 
 from __future__ import annotations
 
 import ctypes
+import shutil
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +47,31 @@ class Tensors(ctypes.Structure):
             "scores", "offsets", "memory", "segments", "kept", "labels", "number", "next_memory"
         )
     ]  # fmt: skip
+
+
+class Library:
+    """The library at `path`; `entry` is called, a function of the signature of `onset_nms_launch`."""
+
+    def __init__(self, path: Path, entry: str) -> None:
+        library = ctypes.CDLL(str(path))
+        pointers = [ctypes.POINTER(kind) for kind in (Shape, Settings)]
+        self._workspace, self._call = library.onset_nms_workspace, library[entry]
+        self._workspace.argtypes, self._workspace.restype = pointers, ctypes.c_size_t
+        self._call.argtypes = [*pointers, ctypes.POINTER(Tensors), ctypes.c_void_p, ctypes.c_void_p]
+
+    def workspace(self, shape: Shape, settings: Settings) -> int:
+        """Bytes, or 0."""
+        return int(self._workspace(shape, settings))
+
+    def call(self, case: Case, tensors: Tensors, workspace: int, last: int) -> int:
+        """What `entry` returns; `last`: its last argument."""
+        return int(self._call(case.shape, Settings.of(case.settings), tensors, workspace, last))
+
+    def arena(self, case: Case) -> Arena:
+        """The case, laid out; AssertionError where it is refused."""
+        workspace = self.workspace(case.shape, Settings.of(case.settings))
+        assert workspace > 0
+        return Arena(case, workspace)
 
 
 class Case(NamedTuple):
@@ -103,6 +132,12 @@ class Arena:
         return Kept(*found)
 
 
+def cuda_tool(name: str) -> str | None:
+    """A program of CUDA's toolkit: one on the PATH, or else pip's."""
+    places = Path(sysconfig.get_path("purelib")).glob(f"nvidia/cu*/bin/{name}")
+    return shutil.which(name) or next(map(str, places), None)
+
+
 def assert_equal(found: Kept, expected: Kept) -> None:
     """To the last bit."""
     for name, one, other in zip(Kept._fields, found, expected, strict=True):
@@ -114,6 +149,28 @@ def random_cases(seed: int, number: int) -> Iterator[Case]:
     rng = np.random.default_rng(seed)
     for _ in range(number):
         yield _online(rng) if rng.random() < 0.6 else _offline(rng)
+
+
+def offline_case(seed: int, number: int, classes: int) -> Case:
+    """As evaluation has them: so many candidates, each of one class, with scores as published ones have."""
+    rng = np.random.default_rng(seed)
+    scores = np.zeros((1, number, classes), np.float32)
+    labels = rng.choice(classes, number, p=rng.dirichlet(np.ones(classes)))
+    scores[0, np.arange(number), labels] = 0.001 + 0.999 * rng.beta(0.4, 3, number)
+    centre, half = rng.uniform(0, 700, number), 9 * rng.lognormal(0, 1, number)
+    segments = np.stack([centre - half, centre + half], axis=1)[None].astype(np.float32)
+    most = NmsSettings(hop=0, score_threshold=0.001, top_k=number, max_segments=2000, sigma=0.4)
+    return Case(scores, segments, np.zeros((1, 1), np.float32), most)
+
+
+def stream_cases(seed: int, batch: int, classes: int) -> Iterator[Case]:
+    """Chunks of 4 frames of the same streams, without end; who runs them puts the memory in."""
+    rng = np.random.default_rng(seed)
+    settings = NmsSettings(hop=25, max_segments=8, score_threshold=0.2, method="soft")
+    while True:
+        scores = rng.normal(-1, 2, (batch, 4, classes)).astype(np.float16)
+        offsets = rng.normal(0, 2, (batch, 4, 2)).astype(np.float16)
+        yield Case(scores, offsets, np.zeros((batch, 1 + 3 * 16), np.float32), settings)
 
 
 def _settings(rng: np.random.Generator, hop: int) -> NmsSettings:

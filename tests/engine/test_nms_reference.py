@@ -187,6 +187,12 @@ def test_shapes_that_do_not_fit_are_refused(shapes: tuple[tuple[int, ...], ...])
         keep(*(np.zeros(shape, np.float32) for shape in shapes), NmsSettings(hop=0))
 
 
+def test_a_chunk_of_more_samples_than_single_precision_counts_is_refused() -> None:
+    arrays = (np.zeros(shape, np.float32) for shape in ((1, 257, 1), (1, 257, 2), (1, 1)))
+    with pytest.raises(EngineError, match="up to 2"):
+        keep(*arrays, NmsSettings(hop=2**16))
+
+
 # ----------------------------------------------------------------------------------------------------- memory
 
 

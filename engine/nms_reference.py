@@ -73,7 +73,7 @@ Bounded = Annotated[int, Field(ge=1, le=2**16)]
 
 
 class NmsSettings(Strict):
-    """The attributes of an `OnsetNMS` node."""
+    """What an `OnsetNMS` node is told."""
 
     hop: int = Field(ge=0, le=2**16, description="samples of one moment; 0: the offline form")
     score_threshold: float = Field(0.1, ge=0, le=1, description="a candidate scores at least this")
@@ -84,6 +84,11 @@ class NmsSettings(Strict):
     sigma: float = Field(0.5, ge=1e-3, le=1e3, description="soft: the larger, the less it lowers scores")
     top_k: Bounded = Field(512, description="candidates at most, over all classes")
     max_segments: Bounded = Field(64, description="segments at most that a step gives out")
+
+    def attributes(self) -> dict[str, int | float]:
+        """As a node has them, each of which it needs: `soft`, 1 or 0, stands for `method`."""
+        values = self.model_dump()
+        return values | {"soft": int(values.pop("method") == "soft")}
 
 
 class Kept(NamedTuple):

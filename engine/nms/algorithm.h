@@ -1,11 +1,11 @@
-// The steps of `engine/nms_reference.py` for one stream, written once for the GPU (`gpu.cu`) and for a processor
-// (`tests/engine/native`). All that these differ in is a team, which does a thing for many indices and then waits
-// until all of it is done:
+// The steps of `engine/nms_reference.py` for one stream, written once for the GPU (`gpu.cu`) and for tests on
+// a processor (`tests/engine/native`). All that these differ in is a team, which does a thing for many indices
+// and then waits until all of it is done:
 //
 //   team.each(n, f)             f(i) for every i < n, in any order, at once
 //   team.once(f)                f(), by one
 //   team.best(n, f)             the greatest of f(i), i < n; 0 of none. Each f(i) writes for its own i alone
-//   team.filter(n, test, f)     f(i, place) for every i < n that passes, which finds its place in the order of i
+//   team.filter(n, test, f)     f(i, place) for every i < n that passes; places follow the order of i
 //   block.split(n, f)           f(team, i) for every i < n, each by a team of its own
 //   block.count(&number)        adds 1, whoever else does so
 #pragma once
@@ -15,12 +15,19 @@
 
 namespace onset {
 
-// A score and, so that equal ones have an order, a place: the greater key is the better score, then the earlier.
+// A score and, so that equal ones have an order, a place: the greater key has the better score,
+// or the same and an earlier place.
 using Key = unsigned long long;
 
-ONSET_FN Key key_of(float score, uint32_t place) { return static_cast<Key>(bits_of(score)) << 32 | ~place; }
-ONSET_FN float score_of(Key key) { return float_of(static_cast<uint32_t>(key >> 32)); }
-ONSET_FN uint32_t place_of(Key key) { return ~static_cast<uint32_t>(key); }
+ONSET_FN Key key_of(float score, uint32_t place) {
+    return static_cast<Key>(bits_of(score)) << 32 | ~place;
+}
+ONSET_FN float score_of(Key key) {
+    return float_of(static_cast<uint32_t>(key >> 32));
+}
+ONSET_FN uint32_t place_of(Key key) {
+    return ~static_cast<uint32_t>(key);
+}
 
 // What a block knows together.
 struct Table {
@@ -50,8 +57,8 @@ ONSET_FN int power_of_two(int least) {
 template <typename Number>
 class Stream {
 public:
-    ONSET_FN Stream(OnsetNmsShape const& shape, OnsetNmsSettings const& settings, OnsetNmsTensors const& tensors,
-        char* workspace, int most, int64_t row)
+    ONSET_FN Stream(OnsetNmsShape const& shape, OnsetNmsSettings const& settings,
+        OnsetNmsTensors const& tensors, char* workspace, int most, int64_t row)
         : shape_(shape), settings_(settings) {
         int64_t const kept = settings.max_segments, memory = 1 + 3 * static_cast<int64_t>(shape.remembered);
         int64_t const moments = row * shape.moments;
@@ -133,8 +140,8 @@ private:
         });
     }
 
-    // The key of the last of the best `top_k` candidates, of which there are more: eight bits at a time, from the
-    // highest, by how many keys have which.
+    // The key of the last of the best `top_k` candidates, of which there are more: eight bits at a time, from
+    // the highest, by how many keys have which.
     template <typename Block>
     ONSET_FN void find_cutoff(Block block, Table& table) {
         block.once([&] {
@@ -146,7 +153,8 @@ private:
             block.each(256, [&](int digit) { table.histogram[digit] = 0; });
             block.each(pairs_, [&](int pair) {
                 Key const key = key_at(pair / shape_.classes, pair % shape_.classes);
-                if (key && ((key ^ table.cutoff) >> shift >> 8) == 0) block.count(&table.histogram[key >> shift & 255]);
+                if (key && ((key ^ table.cutoff) >> shift >> 8) == 0)
+                    block.count(&table.histogram[key >> shift & 255]);
             });
             block.once([&] {
                 int digit = 255;
@@ -212,7 +220,8 @@ private:
             Key const best = team.best(count, [&](int i) -> Key {
                 float score = scores[i];
                 if (!(score >= settings_.min_score && score > 0.0f)) return 0;
-                if (last >= 0) scores[i] = score = i == last ? 0.0f : after(score, segments[last], segments[i]);
+                if (last >= 0)
+                    scores[i] = score = i == last ? 0.0f : after(score, segments[last], segments[i]);
                 return score >= settings_.min_score && score > 0.0f ? key_of(score, i) : 0;
             });
             if (!best) break;

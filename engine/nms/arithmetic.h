@@ -1,5 +1,5 @@
-// The functions of `engine/nms_reference.py`, operation for operation: nothing may be fused or reordered here, so
-// compilers are told not to (-fmad=false, -ffp-contract=off).
+// The functions of `engine/nms_reference.py`, operation for operation: nothing may be fused or reordered
+// here, so compilers are told not to (-fmad=false, -ffp-contract=off).
 #pragma once
 
 #include <math.h>
@@ -29,7 +29,9 @@ ONSET_FN float float_of(uint32_t bits) {
     return value;
 }
 
-ONSET_FN float widened(float value) { return value; }
+ONSET_FN float widened(float value) {
+    return value;
+}
 
 // float16, by its bits. Scaling by 2^112 makes up for the other bias of the exponent, subnormals included.
 ONSET_FN float widened(uint16_t half) {
@@ -38,9 +40,15 @@ ONSET_FN float widened(uint16_t half) {
     return half & 0x8000u ? -value : value;
 }
 
-ONSET_FN bool is_finite(float value) { return fabsf(value) <= kLargest; }
-ONSET_FN float lesser(float a, float b) { return a < b ? a : b; }
-ONSET_FN float greater(float a, float b) { return a > b ? a : b; }
+ONSET_FN bool is_finite(float value) {
+    return fabsf(value) <= kLargest;
+}
+ONSET_FN float lesser(float a, float b) {
+    return a < b ? a : b;
+}
+ONSET_FN float greater(float a, float b) {
+    return a > b ? a : b;
+}
 
 ONSET_FN float exponential(float x) {
     x = greater(x, -87.0f);
@@ -64,7 +72,9 @@ ONSET_FN float log1p_of(float y) {
     return 2.0f * s * value;
 }
 
-ONSET_FN float softplus(float x) { return greater(x, 0.0f) + log1p_of(exponential(-fabsf(x))); }
+ONSET_FN float softplus(float x) {
+    return greater(x, 0.0f) + log1p_of(exponential(-fabsf(x)));
+}
 
 ONSET_FN float probability(float logit) {
     if (!(logit > -10.0f)) return 0.0f;

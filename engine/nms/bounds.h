@@ -13,17 +13,17 @@ inline int64_t capacity(OnsetNmsShape const& shape, OnsetNmsSettings const& sett
 // Are all sizes within bounds, so that no index here leaves 32 bits and times are whole samples?
 inline bool is_valid(OnsetNmsSettings const& s) {
     auto within = [](float value, float least, float most) { return value >= least && value <= most; };
-    return s.hop >= 0 && s.hop <= 65536 && s.top_k >= 1 && s.top_k <= 65536 && s.max_segments >= 1
-        && s.max_segments <= 65536 && (s.soft == 0 || s.soft == 1) && within(s.score_threshold, 0.0f, 1.0f)
-        && within(s.min_score, 0.0f, 1.0f) && within(s.min_length, 0.0f, 16777216.0f)
-        && within(s.iou_threshold, 1e-6f, 1.0f) && within(s.sigma, 1e-3f, 1e3f);
+    return s.hop >= 0 && s.hop <= 65536 && s.top_k >= 1 && s.top_k <= 65536 && s.max_segments >= 1 &&
+           s.max_segments <= 65536 && (s.soft == 0 || s.soft == 1) && within(s.score_threshold, 0.0f, 1.0f) &&
+           within(s.min_score, 0.0f, 1.0f) && within(s.min_length, 0.0f, 16777216.0f) &&
+           within(s.iou_threshold, 1e-6f, 1.0f) && within(s.sigma, 1e-3f, 1e3f);
 }
 
 inline bool is_valid(OnsetNmsShape const& shape, OnsetNmsSettings const& settings) {
     int64_t const moments = shape.moments, classes = shape.classes;
-    return is_valid(settings) && shape.batch >= 0 && moments >= 1 && classes >= 1 && moments <= 1 << 24
-        && classes <= 65536 && moments * classes <= 1 << 30 && moments * settings.hop <= 1 << 24
-        && shape.remembered >= 0 && shape.remembered <= 4096;
+    return is_valid(settings) && shape.batch >= 0 && moments >= 1 && classes >= 1 && moments <= 1 << 24 &&
+           classes <= 65536 && moments * classes <= 1 << 30 && moments * settings.hop <= 1 << 24 &&
+           shape.remembered >= 0 && shape.remembered <= 4096;
 }
 
 // Bytes of one stream's `Scratch`, a multiple of 8.

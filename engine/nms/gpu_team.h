@@ -66,7 +66,8 @@ struct Block {
 
     template <typename Work>
     __device__ void split(int number, Work work) const {
-        for (int i = static_cast<int>(threadIdx.x) / kWarp; i < number; i += static_cast<int>(blockDim.x) / kWarp) {
+        for (int i = static_cast<int>(threadIdx.x) / kWarp; i < number;
+            i += static_cast<int>(blockDim.x) / kWarp) {
             work(Warp{}, i);
         }
         __syncthreads();

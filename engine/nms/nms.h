@@ -17,26 +17,26 @@ typedef struct {
 
 // Contiguous, on the device; none overlaps another. Every element of the outputs is written.
 typedef struct {
-    void const* scores;    // [B, N, K]
-    void const* offsets;   // [B, N, 2]
-    float const* memory;   // [B, 1 + 3 R]
-    float* segments;       // [B, M, 2]
-    float* kept;           // [B, M]
-    int32_t* labels;       // [B, M]
-    int32_t* number;       // [B]
-    float* next_memory;    // [B, 1 + 3 R]
+    void const* scores;   // [B, N, K]
+    void const* offsets;  // [B, N, 2]
+    float const* memory;  // [B, 1 + 3 R]
+    float* segments;      // [B, M, 2]
+    float* kept;          // [B, M]
+    int32_t* labels;      // [B, M]
+    int32_t* number;      // [B]
+    float* next_memory;   // [B, 1 + 3 R]
 } OnsetNmsTensors;
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-// Bytes of workspace, or 0 where shape or settings are out of bounds. They grow with batch, moments and classes.
+// Bytes of workspace, or 0 where shape or settings are out of bounds. They grow with the shape.
 size_t onset_nms_workspace(OnsetNmsShape const* shape, OnsetNmsSettings const* settings);
 
 // Enqueues one kernel on a cudaStream_t, and nothing else: no allocation, no synchronisation, so that a CUDA
-// graph can capture it. The workspace, aligned to 8, is scratch. Returns 0, a cudaError_t, or -1 where shape or
-// settings are out of bounds.
+// graph can capture it. The workspace, aligned to 8, is scratch. Returns 0, a cudaError_t, or -1 where shape
+// or settings are out of bounds.
 int onset_nms_launch(OnsetNmsShape const* shape, OnsetNmsSettings const* settings,
     OnsetNmsTensors const* tensors, void* workspace, void* stream);
 

@@ -13,8 +13,7 @@ constexpr char const* kVersion = "1";
 constexpr char const* kNamespace = "";
 constexpr int32_t kInputs = 3, kOutputs = 5;
 
-// The attributes, all of which a node has, as fields that point into settings. They are copied with their plugin, so
-// that they always point into its own.
+// The attributes of a node, as fields that point into settings, so that each plugin has its own.
 class Fields {
 public:
     explicit Fields(OnsetNmsSettings& settings) {
@@ -40,7 +39,7 @@ public:
 
     nvinfer1::PluginFieldCollection const* collection() const { return &collection_; }
 
-    // Fills the settings from a node's attributes. False where one is missing, of another type or out of bounds.
+    // Fills settings from a node's attributes. False where one is missing, of another type or out of bounds.
     static bool read(nvinfer1::PluginFieldCollection const& given, OnsetNmsSettings& settings) {
         Fields const wanted(settings);
         for (nvinfer1::PluginField const& field : wanted.fields_) {
@@ -65,7 +64,7 @@ inline nvinfer1::DataType type_of_output(int32_t index) {
     return index == 2 || index == 3 ? nvinfer1::DataType::kINT32 : nvinfer1::DataType::kFLOAT;
 }
 
-// Scores and offsets are of one type, float32 or float16; all else has one that is fixed. `at(i)` describes tensor i.
+// Scores and offsets are of one type, float32 or float16; all else has one that is fixed. `at`: tensor i's.
 template <typename At>
 bool is_supported(int32_t position, At at) {
     nvinfer1::PluginTensorDesc const& tensor = at(position);
@@ -77,8 +76,8 @@ bool is_supported(int32_t position, At at) {
     return tensor.type == (position == 2 ? nvinfer1::DataType::kFLOAT : type_of_output(position - kInputs));
 }
 
-inline nvinfer1::DimsExprs dims_of_output(int32_t index, nvinfer1::DimsExprs const* inputs, int32_t max_segments,
-    nvinfer1::IExprBuilder& build) {
+inline nvinfer1::DimsExprs dims_of_output(
+    int32_t index, nvinfer1::DimsExprs const* inputs, int32_t max_segments, nvinfer1::IExprBuilder& build) {
     if (index == 4) return inputs[2];
     nvinfer1::DimsExprs dims{};
     dims.nbDims = index == 0 ? 3 : index == 3 ? 1 : 2;
@@ -91,11 +90,13 @@ inline nvinfer1::DimsExprs dims_of_output(int32_t index, nvinfer1::DimsExprs con
 // The sizes of a call, by its inputs. A batch of -1, which is out of bounds, where they do not fit.
 inline OnsetNmsShape shape_of(nvinfer1::Dims const& scores, nvinfer1::Dims const& offsets,
     nvinfer1::Dims const& memory, nvinfer1::DataType type) {
-    bool const fits = scores.nbDims == 3 && offsets.nbDims == 3 && memory.nbDims == 2 && offsets.d[0] == scores.d[0]
-        && memory.d[0] == scores.d[0] && offsets.d[1] == scores.d[1] && offsets.d[2] == 2 && memory.d[1] % 3 == 1;
+    bool const fits = scores.nbDims == 3 && offsets.nbDims == 3 && memory.nbDims == 2 &&
+                      offsets.d[0] == scores.d[0] && memory.d[0] == scores.d[0] &&
+                      offsets.d[1] == scores.d[1] && offsets.d[2] == 2 && memory.d[1] % 3 == 1;
     if (!fits) return {-1, 0, 0, 0, 0};
-    return {static_cast<int32_t>(scores.d[0]), static_cast<int32_t>(scores.d[1]), static_cast<int32_t>(scores.d[2]),
-        static_cast<int32_t>(memory.d[1] / 3), type == nvinfer1::DataType::kHALF};
+    return {static_cast<int32_t>(scores.d[0]), static_cast<int32_t>(scores.d[1]),
+        static_cast<int32_t>(scores.d[2]), static_cast<int32_t>(memory.d[1] / 3),
+        type == nvinfer1::DataType::kHALF};
 }
 
 inline int32_t enqueue(OnsetNmsSettings const& settings, nvinfer1::PluginTensorDesc const* in,

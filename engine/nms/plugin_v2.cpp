@@ -27,21 +27,21 @@ public:
         return type_of_output(index);
     }
 
-    DimsExprs getOutputDimensions(int32_t index, DimsExprs const* inputs, int32_t,
-        IExprBuilder& build) noexcept override {
+    DimsExprs getOutputDimensions(
+        int32_t index, DimsExprs const* inputs, int32_t, IExprBuilder& build) noexcept override {
         return dims_of_output(index, inputs, settings_.max_segments, build);
     }
 
-    bool supportsFormatCombination(int32_t position, PluginTensorDesc const* tensors, int32_t,
-        int32_t) noexcept override {
+    bool supportsFormatCombination(
+        int32_t position, PluginTensorDesc const* tensors, int32_t, int32_t) noexcept override {
         return is_supported(position, [&](int32_t i) -> PluginTensorDesc const& { return tensors[i]; });
     }
 
-    void configurePlugin(DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*,
-        int32_t) noexcept override {}
+    void configurePlugin(
+        DynamicPluginTensorDesc const*, int32_t, DynamicPluginTensorDesc const*, int32_t) noexcept override {}
 
-    size_t getWorkspaceSize(PluginTensorDesc const* in, int32_t, PluginTensorDesc const*,
-        int32_t) const noexcept override {
+    size_t getWorkspaceSize(
+        PluginTensorDesc const* in, int32_t, PluginTensorDesc const*, int32_t) const noexcept override {
         OnsetNmsShape const shape = shape_of(in[0].dims, in[1].dims, in[2].dims, in[0].type);
         return onset_nms_workspace(&shape, &settings_);
     }

@@ -7,7 +7,10 @@ namespace {
 
 using namespace nvinfer1;
 
-class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
+class Plugin : public IPluginV3,
+               public IPluginV3OneCore,
+               public IPluginV3OneBuild,
+               public IPluginV3OneRuntime {
 public:
     explicit Plugin(OnsetNmsSettings const& settings) : settings_(settings), fields_(settings_) {}
 
@@ -31,19 +34,21 @@ public:
         return is_valid(shape_at_most(in), settings_) ? 0 : 1;
     }
 
-    int32_t getOutputDataTypes(DataType* outputs, int32_t number, DataType const*, int32_t) const noexcept override {
+    int32_t getOutputDataTypes(
+        DataType* outputs, int32_t number, DataType const*, int32_t) const noexcept override {
         for (int32_t i = 0; i < number; ++i) outputs[i] = type_of_output(i);
         return 0;
     }
 
     int32_t getOutputShapes(DimsExprs const* inputs, int32_t, DimsExprs const*, int32_t, DimsExprs* outputs,
         int32_t number, IExprBuilder& build) noexcept override {
-        for (int32_t i = 0; i < number; ++i) outputs[i] = dims_of_output(i, inputs, settings_.max_segments, build);
+        for (int32_t i = 0; i < number; ++i)
+            outputs[i] = dims_of_output(i, inputs, settings_.max_segments, build);
         return 0;
     }
 
-    bool supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* tensors, int32_t,
-        int32_t) noexcept override {
+    bool supportsFormatCombination(
+        int32_t position, DynamicPluginTensorDesc const* tensors, int32_t, int32_t) noexcept override {
         return is_supported(position, [&](int32_t i) -> PluginTensorDesc const& { return tensors[i].desc; });
     }
 
@@ -53,7 +58,8 @@ public:
         return onset_nms_workspace(&shape, &settings_);
     }
 
-    int32_t onShapeChange(PluginTensorDesc const* in, int32_t, PluginTensorDesc const*, int32_t) noexcept override {
+    int32_t onShapeChange(
+        PluginTensorDesc const* in, int32_t, PluginTensorDesc const*, int32_t) noexcept override {
         return is_valid(shape_of(in[0].dims, in[1].dims, in[2].dims, in[0].type), settings_) ? 0 : 1;
     }
 
@@ -76,7 +82,8 @@ private:
 
 class Creator : public IPluginCreatorV3One {
 public:
-    IPluginV3* createPlugin(char const*, PluginFieldCollection const* given, TensorRTPhase) noexcept override {
+    IPluginV3* createPlugin(
+        char const*, PluginFieldCollection const* given, TensorRTPhase) noexcept override {
         OnsetNmsSettings settings{};
         return given && Fields::read(*given, settings) ? new Plugin(settings) : nullptr;
     }

@@ -1,5 +1,5 @@
-// How a plugin finds the registry of the TensorRT that the process has loaded already, whoever loaded it: libraries
-// are linked to none, so that the kernel can be used, and tested, without TensorRT.
+// How a plugin finds the registry of the TensorRT that the process has loaded already, whoever loaded it:
+// libraries are linked to none, so that the kernel can be used, and tested, without TensorRT.
 #pragma once
 
 #include <NvInfer.h>
@@ -21,5 +21,5 @@ inline nvinfer1::IPluginRegistry* registry() {
 
 }  // namespace onset
 
-// Makes `OnsetNMS` known to TensorRT: 0; 1 where it is not loaded; 2 where it refuses, since it knows one already.
+// Makes `OnsetNMS` known to TensorRT: 0; 1 where none is loaded; 2 where it refuses, knowing one already.
 extern "C" int onset_nms_register();

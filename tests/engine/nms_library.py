@@ -31,9 +31,7 @@ class Settings(ctypes.Structure):
 
     @classmethod
     def of(cls, settings: NmsSettings) -> Settings:
-        values = settings.model_dump()
-        values["soft"] = int(values.pop("method") == "soft")
-        return cls(**values)
+        return cls(**settings.attributes())
 
 
 class Shape(ctypes.Structure):
@@ -136,6 +134,13 @@ def cuda_tool(name: str) -> str | None:
     """A program of CUDA's toolkit: one on the PATH, or else pip's."""
     places = Path(sysconfig.get_path("purelib")).glob(f"nvidia/cu*/bin/{name}")
     return shutil.which(name) or next(map(str, places), None)
+
+
+def nvcc() -> str:
+    """CUDA's compiler; AssertionError where there is none."""
+    found = cuda_tool("nvcc")
+    assert found is not None, "put an nvcc on the PATH, or install pip's with `pip install '.[plugin]'`"
+    return found
 
 
 def assert_equal(found: Kept, expected: Kept) -> None:

@@ -17,7 +17,7 @@ from tests.engine.nms_library import (
     Settings,
     Shape,
     assert_equal,
-    cuda_tool,
+    nvcc,
     offline_case,
     random_cases,
     stream_cases,
@@ -27,23 +27,23 @@ NATIVE = Path(__file__).parent / "native"
 SOURCES = Path(__file__).parents[2] / "engine" / "nms"
 
 
-def compiled(name: str, folder: Path) -> Library:
-    """`native/NAME.cpp`, as a library."""
+def compiled(name: str, folder: Path, *more: str) -> Path:
+    """`native/NAME.cpp`, as a library in `folder`; `more`: options."""
     compiler = os.environ.get("CXX", "c++")
     library = folder / f"{name}.so"
     options = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-shared", "-fPIC"]
-    subprocess.run([compiler, *options, "-o", library, NATIVE / f"{name}.cpp"], check=True)
-    return Library(library, "onset_nms_emulate")
+    subprocess.run([compiler, *options, *more, "-o", library, NATIVE / f"{name}.cpp"], check=True)
+    return library
 
 
 @pytest.fixture(scope="module")
 def sequential(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return compiled("sequential", tmp_path_factory.mktemp("native"))
+    return Library(compiled("sequential", tmp_path_factory.mktemp("native")), "onset_nms_emulate")
 
 
 @pytest.fixture(scope="module")
 def fibers(tmp_path_factory: pytest.TempPathFactory) -> Library:
-    return compiled("fibers", tmp_path_factory.mktemp("native"))
+    return Library(compiled("fibers", tmp_path_factory.mktemp("native")), "onset_nms_emulate")
 
 
 def run(library: Library, case: Case, order: int) -> Kept:
@@ -123,10 +123,9 @@ def test_a_batch_of_no_streams_is_nothing_to_do(sequential: Library) -> None:
 
 
 def test_the_kernel_compiles_and_nothing_in_it_is_fused_or_approximate(tmp_path: Path) -> None:
-    nvcc, ptx = cuda_tool("nvcc"), tmp_path / "gpu.ptx"
-    assert nvcc is not None, "put an nvcc on the PATH, or install pip's with `pip install '.[plugin]'`"
+    ptx = tmp_path / "gpu.ptx"
     options = ["-std=c++17", "-O3", "-fmad=false", "-arch=compute_90", "--ptx"]
-    subprocess.run([nvcc, *options, "-o", ptx, SOURCES / "gpu.cu"], check=True)
+    subprocess.run([nvcc(), *options, "-o", ptx, SOURCES / "gpu.cu"], check=True)
     text = ptx.read_text()
     assert "div.rn.f32" in text
     for inexact in ("fma.rn.f32", "div.full", "div.approx", "ex2.approx", "rcp.approx", ".ftz"):

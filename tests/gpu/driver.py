@@ -1,4 +1,4 @@
-"""The few calls of the CUDA driver that tests need, through ctypes: where there is a GPU, there is a driver."""
+"""The few calls of the CUDA driver that tests need, through ctypes: a GPU does not come without a driver."""
 
 from __future__ import annotations
 

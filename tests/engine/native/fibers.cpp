@@ -1,6 +1,6 @@
-// OnsetNMS on a processor, with the GPU's own teams: each thread of a block is a fiber that runs until it has to
-// wait for others, and which one runs next is drawn by chance. So a barrier that is missing shows as a wrong
-// result, and one that not all come to as a standstill. Compiled and run by `test_nms_kernel.py`.
+// OnsetNMS on a processor, with the GPU's own teams: each thread of a block is a fiber that runs until it has
+// to wait for others, and which one runs next is drawn by chance. So a barrier that is missing shows as a
+// wrong result, and one that not all come to as a standstill. Compiled and run by `test_nms_kernel.py`.
 #include <stdint.h>
 #include <ucontext.h>
 
@@ -98,8 +98,12 @@ bool run_block(unsigned threads, uint32_t seed, std::function<void()> program) {
 
 }  // namespace
 
-void __syncthreads() { wait(State::in_block); }
-void __syncwarp() { wait(State::in_warp); }
+void __syncthreads() {
+    wait(State::in_block);
+}
+void __syncwarp() {
+    wait(State::in_warp);
+}
 
 template <typename Value>
 Value __shfl_xor_sync(unsigned, Value value, int mask) {
@@ -116,13 +120,18 @@ unsigned __ballot_sync(unsigned, bool mine) {
     machine->exchange[me] = mine;
     __syncwarp();
     unsigned result = 0;
-    for (unsigned lane = 0; lane < kLanes; ++lane) result |= static_cast<unsigned>(machine->exchange[warp + lane]) << lane;
+    for (unsigned lane = 0; lane < kLanes; ++lane)
+        result |= static_cast<unsigned>(machine->exchange[warp + lane]) << lane;
     __syncwarp();
     return result;
 }
 
-int __popc(unsigned bits) { return __builtin_popcount(bits); }
-void atomicAdd(int* number, int more) { *number += more; }
+int __popc(unsigned bits) {
+    return __builtin_popcount(bits);
+}
+void atomicAdd(int* number, int more) {
+    *number += more;
+}
 
 #include "../../../engine/nms/algorithm.h"
 #include "../../../engine/nms/gpu_team.h"
@@ -131,8 +140,8 @@ extern "C" size_t onset_nms_workspace(OnsetNmsShape const* shape, OnsetNmsSettin
     return onset::workspace_bytes(*shape, *settings);
 }
 
-// As `onset_nms_launch`, with one, two or three warps a block, as `order`, which seeds the draws, says. Returns -2
-// where the threads of a block stood still.
+// As `onset_nms_launch`, with one, two or three warps a block, as `order`, which seeds the draws, says.
+// Returns -2 where the threads of a block stood still.
 extern "C" int onset_nms_emulate(OnsetNmsShape const* shape, OnsetNmsSettings const* settings,
     OnsetNmsTensors const* tensors, void* workspace, int32_t order) {
     if (!onset::is_valid(*shape, *settings)) return -1;
@@ -142,9 +151,11 @@ extern "C" int onset_nms_emulate(OnsetNmsShape const* shape, OnsetNmsSettings co
         char* const scratch = static_cast<char*>(workspace) + row * onset::scratch_bytes(*shape, *settings);
         bool const ended = run_block(kLanes * (1 + order % 3), order, [&] {
             if (shape->half) {
-                onset::Stream<uint16_t>(*shape, *settings, *tensors, scratch, most, row).run(onset::Block{}, table);
+                onset::Stream<uint16_t>(*shape, *settings, *tensors, scratch, most, row)
+                    .run(onset::Block{}, table);
             } else {
-                onset::Stream<float>(*shape, *settings, *tensors, scratch, most, row).run(onset::Block{}, table);
+                onset::Stream<float>(*shape, *settings, *tensors, scratch, most, row)
+                    .run(onset::Block{}, table);
             }
         });
         if (!ended) return -2;

@@ -1,4 +1,4 @@
-// OnsetNMS on a processor, the steps of its kernel one after another. Compiled and run by `test_nms_kernel.py`.
+// OnsetNMS on a processor, its kernel's steps one after another. Compiled and run by `test_nms_kernel.py`.
 #include "../../../engine/nms/algorithm.h"
 
 namespace onset {
@@ -69,11 +69,11 @@ extern "C" size_t onset_nms_workspace(OnsetNmsShape const* shape, OnsetNmsSettin
     return onset::workspace_bytes(*shape, *settings);
 }
 
-// As `onset_nms_launch`. `order`: what a GPU would do at once is done forwards (0), backwards (1) or mixed up (2).
+// As `onset_nms_launch`. What a GPU does at once is done forwards (`order` 0), backwards (1) or mixed up (2).
 extern "C" int onset_nms_emulate(OnsetNmsShape const* shape, OnsetNmsSettings const* settings,
     OnsetNmsTensors const* tensors, void* workspace, int32_t order) {
     if (!onset::is_valid(*shape, *settings)) return -1;
-    (shape->half ? onset::run<uint16_t> : onset::run<float>)(
-        *shape, *settings, *tensors, static_cast<char*>(workspace), order);
+    (shape->half ? onset::run<uint16_t> : onset::run<float>)(*shape, *settings, *tensors,
+        static_cast<char*>(workspace), order);
     return 0;
 }

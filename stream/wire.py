@@ -21,6 +21,7 @@ then refused as a whole: its samples are missing, as if it had never been sent. 
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,6 +69,9 @@ _KNOWN = frozenset((*_REQUIRED, "epoch", "time", "scale", "end"))
 _MAX_UINT64 = 2**64 - 1
 _MAX_SEQ = 2**48  # 178,000 years at 50 Hz; times in float64 seconds stay exact to a sample
 _MAX_TIME = 1e11  # the year 5138: what lies beyond is not seconds
+# msgpack nests up to 1024 deep, which is more than `repr` can walk on Python's stack.
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,5 +279,5 @@ def _shown(value: object) -> str:
     """What was found, cut short: it comes from outside and ends in a log."""
     if isinstance(value, (bytes, list, dict, str)) and len(value) > 40:
         return f"{type(value).__name__} of length {len(value)}"
-    shown = repr(value)
+    shown = _REPR.repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -236,6 +236,17 @@ def test_any_value_in_any_field_is_read_or_refused(changes: dict[str, Any]) -> N
         assert read.stream.isprintable()
 
 
+@pytest.mark.parametrize("field", fields())
+@pytest.mark.parametrize("unit", [b"\x91", b"\x81\xa1a"])
+def test_a_field_may_nest_as_deeply_as_msgpack_reads(field: str, unit: bytes) -> None:
+    for depth in (10, 500, 1000, 1022, 1023, 1024):
+        packed = [
+            msgpack.packb(key) + (unit * depth + b"\xc0" if key == field else msgpack.packb(value))
+            for key, value in fields().items()
+        ]
+        refused(bytes([0x80 + len(packed)]) + b"".join(packed))
+
+
 @pytest.mark.parametrize(("dtype", "scale"), [("float16", None), ("int16", 0.5)])
 def test_what_a_type_cannot_hold_is_not_sent(dtype: DtypeName, scale: float | None) -> None:
     message = Message("a", 0, np.full((1, 3), 1e6, np.float32), 50.0)

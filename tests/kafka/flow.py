@@ -96,7 +96,7 @@ class Feed:
         for message in messages:
             self.send_bytes(message.stream.encode(), encode(message))
 
-    def send_bytes(self, key: bytes, value: bytes) -> None:
+    def send_bytes(self, key: bytes | None, value: bytes | None) -> None:
         """Whatever it may be."""
         self._producer.send(self._topic, key=key, value=value)
 

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint bench chaos clean
+.PHONY: setup demo test lint bench chaos fuzz soak clean
 
 setup: .venv/.dev
 
@@ -35,6 +35,14 @@ bench: .venv/.dev
 # Ten minutes of killed workers and brokers: it ends with one line of counts. Needs Java, and Maven or KAFKA_HOME.
 chaos: .venv/.dev
 	$(BIN)/python -m tests.kafka.chaos --seconds 600 --brokers 3
+
+# A million hostile messages, in some minutes: it ends with one line of counts.
+fuzz: .venv/.dev
+	$(BIN)/python -m tests.stream.fuzz --messages 1000000
+
+# A day of 200 streams, sped up: it ends with memory and cost per frame, then and now. Needs Linux.
+soak: .venv/.dev
+	$(BIN)/python -m tests.benchmarks.soak
 
 clean:
 	rm -rf .venv build demo bench

@@ -135,6 +135,7 @@ def _config(folder: Path, bundle: Path) -> Path:
         "threads": 1,
         "decoding": DECODING,
         **RUN,
+        "max_streams": 64,
     }
     path.write_text(yaml.safe_dump(values))
     return path

@@ -102,7 +102,7 @@ class Fuzzer:
         }
         if name == "i2":
             fields["scale"] = rng.choice((0.01, 1e-300, 0))
-        if rng.random() < 0.1:
+        if rng.random() < 0.3:
             fields["end"] = True
         return {key: msgpack.packb(value) for key, value in fields.items()}
 

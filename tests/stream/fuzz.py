@@ -175,12 +175,18 @@ class _Service:
         return found
 
     def await_messages(self, count: int, seconds: float = 60.0) -> None:
-        """Until so many are taken or refused, and what was taken is digested."""
-        deadline = time.monotonic() + seconds
-        while (found := self.counted()).total() - found["max_streams"] < count:
+        """Until so many are taken or refused. Fails when nothing more has become of any for so long."""
+        last, deadline = -1, 0.0
+        while (settled := self._settled()) < count:
             assert self._worker.process.poll() is None, f"the service is gone: {self.log()[-4000:]}"
-            assert time.monotonic() < deadline, f"{found.total()} of {count} messages: {self.log()[-4000:]}"
+            if settled > last:
+                last, deadline = settled, time.monotonic() + seconds
+            assert time.monotonic() < deadline, f"{settled} of {count} messages: {self.log()[-4000:]}"
             time.sleep(0.05)
+
+    def _settled(self) -> int:
+        found = self.counted()
+        return found.total() - found["max_streams"]  # what finds no place was taken before
 
     def _said(self, pattern: str, seconds: float = 30.0) -> str:
         deadline = time.monotonic() + seconds

@@ -73,7 +73,7 @@ class Fuzzer:
         """Messages without end."""
         while True:
             # What is large is rare, or it would be all that there is time for.
-            data = self._large() if self._rng.random() < 0.002 else self._rng.choice(self._kinds)()
+            data = self._large() if self._rng.random() < 0.001 else self._rng.choice(self._kinds)()
             try:
                 message = decode(data, self._limits)
             except WireError as problem:
@@ -201,7 +201,7 @@ class Fuzzer:
     def _large(self) -> bytes:
         """Up to twice the limit: beyond that, ZeroMQ hangs up. Noise, or a message of a stranger."""
         size = self._rng.randrange(self._limits.max_bytes // 2, 2 * self._limits.max_bytes)
-        if self._rng.random() < 0.5:
+        if self._rng.random() < 0.8:
             return self._rng.randbytes(size)
         n = size // (4 * self._limits.channels)
         data = self._rng.randbytes(4 * n * self._limits.channels)

@@ -40,7 +40,7 @@ RATE_TOLERANCE = 1e-3
 REASONS = (
     "too_large",  # more bytes than the limit, told before anything is parsed
     "multipart",  # a ZeroMQ message of several parts
-    "not_msgpack",  # not one msgpack value, or one with something behind it, or nested too deeply
+    "not_msgpack",  # not one msgpack value, or with something behind it, nested too deeply, or a map in a map
     "not_a_map",
     "unknown_version",
     "missing_field",

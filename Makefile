@@ -6,7 +6,7 @@ BUILD ?= build
 NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 CMAKE ?= $(shell command -v cmake)
 
-.PHONY: setup demo test lint bench chaos plugin test-gpu clean
+.PHONY: setup demo test lint bench chaos fuzz soak plugin test-gpu clean
 
 setup: .venv/.dev
 
@@ -65,6 +65,14 @@ plugin: $(if $(and $(NVCC),$(CMAKE)),,.venv/.plugin)
 TESTER ?= $(BIN)/python
 test-gpu: plugin $(if $(filter $(BIN)/python,$(TESTER)),.venv/.gpu)
 	ONSET_NMS_LIBRARY=$(abspath $(BUILD))/libonset_nms.so $(TESTER) -m pytest -q -m gpu --confcutdir=tests/gpu tests/gpu
+
+# A million hostile messages, in some minutes: it ends with one line of counts.
+fuzz: .venv/.dev
+	$(BIN)/python -m tests.stream.fuzz --messages 1000000
+
+# A day of 200 streams, sped up: it ends with memory and cost per frame, then and now. Needs Linux.
+soak: .venv/.dev
+	$(BIN)/python -m tests.benchmarks.soak
 
 clean:
 	rm -rf .venv build demo bench

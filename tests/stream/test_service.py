@@ -145,6 +145,10 @@ FAULTS: dict[str, tuple[str, bytes]] = {
     "cut off": ("not_msgpack", good(0, 20, stream="bad")[:-7]),
     "something behind it": ("not_msgpack", bad() + b"x"),
     "deep nesting": ("not_msgpack", b"\x91" * 50_000),
+    "deep nesting of a field": (
+        "bad_field",
+        bad(epoch="deep").replace(b"\xa4deep", b"\x91" * 1000 + b"\xc0"),
+    ),
     "empty": ("not_msgpack", b""),
     "no map": ("not_a_map", msgpack.packb([1, 2, 3])),
     "unknown version": ("unknown_version", bad(v=2)),

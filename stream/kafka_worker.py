@@ -147,9 +147,10 @@ class Worker:
         partition = self._partitions[number]
         limits = Limits.of(self.session.manifest.frame, self._kafka.max_message_bytes)
         for record in records:
-            message = None
+            message, timestamp = None, 0.0  # what cannot be read moves no clock either
             try:
                 message = decode(record.value or b"", limits)
+                timestamp = record.timestamp / 1000
                 home = self._homes.setdefault(message.stream, number)
                 if home != number:
                     raise WireError(
@@ -161,7 +162,7 @@ class Worker:
                 message = None
                 if not partition.is_replaying:
                     self._refuse(number, record, problem)
-            partition.take(record.offset, record.timestamp / 1000, message)
+            partition.take(record.offset, timestamp, message)
 
     def _refuse(self, number: int, record: Any, problem: WireError) -> None:
         self._counters.refused.labels(problem.reason).inc()

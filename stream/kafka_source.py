@@ -115,8 +115,14 @@ class Resumption:
 class KafkaSource:
     """A member of a consumer group. One thread owns it."""
 
-    def __init__(self, settings: KafkaSourceSettings, wait: Callable[[], None] = lambda: None) -> None:
-        """`wait` is called while this waits for others, and may raise to give up.
+    def __init__(
+        self,
+        settings: KafkaSourceSettings,
+        wait: Callable[[], None] = lambda: None,
+        letters: str | None = None,
+    ) -> None:
+        """`wait` is called while this waits for others, and may raise to give up; `letters` is another topic
+        that has to be there.
 
         Raises ConfigError for topics that are not as they must be, KafkaError when Kafka is not there.
         """
@@ -128,7 +134,7 @@ class KafkaSource:
             "request_timeout_ms": round(1000 * max(REQUEST_SECONDS, 2 * settings.session_timeout)),
             "reconnect_backoff_max_ms": 1000,
         }
-        self.partitions = self._prepare_topics()
+        self.partitions = self._prepare_topics(letters)
         """how many partitions the topic had when this began"""
         self._rebalances = _Rebalances()
         self._awaiting: set[int] = set()
@@ -203,6 +209,16 @@ class KafkaSource:
         """The offset of the next message."""
         return int(self._consumer.position(TopicPartition(self._settings.topic, partition)))
 
+    def beginning(self, partition: int) -> int:
+        """The first offset that is still there, as the broker says now."""
+        place = TopicPartition(self._settings.topic, partition)
+        return int(self._consumer.beginning_offsets([place])[place])
+
+    def is_at_end(self, partition: int) -> bool:
+        """Whether all that can be read has been, as the broker says now."""
+        place = TopicPartition(self._settings.topic, partition)
+        return self.position(partition) >= int(self._consumer.end_offsets([place])[place])
+
     def lag(self, partition: int) -> int | None:
         """How many messages wait in the partition, as far as is known."""
         place = TopicPartition(self._settings.topic, partition)
@@ -262,14 +278,15 @@ class KafkaSource:
                             known[record.key] = record.value
         return states
 
-    def _prepare_topics(self) -> int:
+    def _prepare_topics(self, letters: str | None) -> int:
         """See that topics are there, and the state's has a partition for each of the messages'."""
         settings = self._settings
         known = KafkaAdminClient.DEFAULT_CONFIG
         with closing(KafkaAdminClient(**{k: v for k, v in self._options.items() if k in known})) as admin:
             there = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics()}
-            for name, what in ((settings.topic, "topic"), (settings.events, "events")):
-                if not there.get(name):
+            wanted = {"topic": settings.topic, "events": settings.events, "dead_letters.kafka_topic": letters}
+            for what, name in wanted.items():
+                if name is not None and not there.get(name):
                     raise ConfigError(
                         f"`{what}`: no topic {name!r} is at {settings.connection.bootstrap[0]}; make it: "
                         f"kafka-topics.sh --create --topic {name} --partitions N --bootstrap-server ..."

@@ -95,7 +95,7 @@ class Worker:
         self._homes: dict[str, int] = {}  # stream -> its partition
         self._committed_at = time.monotonic()
         self._runtime = self._new_runtime(session)
-        self._source = KafkaSource(settings, self._wait)
+        self._source = KafkaSource(settings, self._wait, config.dead_letters.kafka_topic)
         try:
             self._delivery = open_delivery(settings, self._source, self._counters, identity)
         except BaseException:
@@ -145,6 +145,13 @@ class Worker:
 
     def _read(self, number: int, records: Sequence[Any]) -> None:
         partition = self._partitions[number]
+        expected = partition.position
+        # Offsets have holes (the ends of transactions); but what was deleted is another matter.
+        if records[0].offset > expected and (beginning := self._source.beginning(number)) > expected:
+            raise DataError(
+                f"{self._kafka.topic}-{number}: messages {expected} to {beginning - 1} were deleted "
+                "before they were read; keep them longer (retention.ms)"
+            )
         limits = Limits.of(self.session.manifest.frame, self._kafka.max_message_bytes)
         for record in records:
             message, timestamp = None, 0.0  # what cannot be read moves no clock either
@@ -193,7 +200,15 @@ class Worker:
             lag = self._source.lag(number)
             if lag is not None:
                 self._counters.lag_messages.labels(self._kafka.topic, str(number)).set(lag)
-            partition.tick(now if number not in busy and lag == 0 else None)
+            partition.tick()
+            # The wall clock speaks only if nothing waits, and after a pause of this process much may.
+            if (
+                number not in busy
+                and lag == 0
+                and partition.is_silent(now)
+                and self._source.is_at_end(number)
+            ):
+                partition.tick(now)
 
     def _commit(self, at_once: bool = False) -> None:
         now = time.monotonic()

@@ -170,6 +170,10 @@ class Partition:
                     self._lose(name, life, NO_PLACE, is_marked=True)
             self._awaited.clear()
 
+    def is_silent(self, now: float) -> bool:
+        """Whether `tick` at this wall time has something to do."""
+        return self._runtime.is_silent(max(now, self._clock), self.streams)
+
     def tick(self, now: float | None = None) -> None:
         """Lose the streams that fell silent; `now`: the wall clock, where all that is there has been read."""
         clock = self._clock if now is None else max(now, self._clock)

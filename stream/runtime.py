@@ -165,14 +165,24 @@ class Runtime:
             if stream is not None and stream.is_settled:  # else the engine is behind, not the producer
                 self._look_at(stream, now)
 
+    def is_silent(self, now: float, streams: Iterable[str]) -> bool:
+        """Whether `tick` has something to do with any of these."""
+        found = (self._streams.get(name) for name in streams)
+        return any(stream is not None and now - stream.seen > self._patience(stream) for stream in found)
+
+    def _patience(self, stream: LiveStream) -> float:
+        return self._settings.reorder if stream.ring.finishing else self._settings.idle_timeout
+
     def _look_at(self, stream: LiveStream, now: float) -> None:
         quiet = now - stream.seen
-        if stream.ring.finishing and quiet > self._settings.reorder:
+        if quiet <= self._patience(stream):
+            return
+        if stream.ring.finishing:
             stream.closing = True
             while self._streams.get(stream.id) is stream:
                 self._fill(stream)
                 self._round([stream])
-        elif quiet > self._settings.idle_timeout:
+        else:
             self.counters.streams_evicted.inc()
             self._throttle.warning("stream lost", f"{stream.id!r} sent nothing for {quiet:.1f} s")
             self._run_out(stream, IDLE, orderly=False)

@@ -119,10 +119,17 @@ def test_what_is_wrong_with_the_topics_is_said_at_the_start(
         ({"topic": "no-such-topic"}, "`topic`: no topic 'no-such-topic' is at"),
         ({"events": "no-such-topic"}, "kafka-topics.sh --create --topic no-such-topic"),
         ({"state": state}, "make it compact"),
+        ({"letters": "no-such-topic"}, "`dead_letters.kafka_topic`: no topic"),
     ):
         log = tmp_path / f"log-{len(why)}"
+        letters = changes.pop("letters", None)
         config = worker_config(
-            tmp_path, tiny_bundle, kafka, {"frames": frames, "events": events}, kafka=changes
+            tmp_path,
+            tiny_bundle,
+            kafka,
+            {"frames": frames, "events": events},
+            kafka=changes,
+            dead_letters={"kafka_topic": letters},
         )
         worker = WorkerProcess(config, log)
         assert worker.process.wait(60) == 2
@@ -259,6 +266,62 @@ def test_messages_that_were_deleted_cost_their_streams_a_loud_new_beginning(
         read = [json.loads(event) for event in told]
         lost = [event["type"] for event in read if event.get("reason") == LOST]
         assert lost[-1:] == ["stream.ended"]
+        started = [e["instance_id"] for e in read if e["type"] == "action.started"]
+        over = [e["instance_id"] for e in read if e["type"] in ("action.ended", "action.aborted")]
+        assert sorted(started) == sorted(over)
+
+
+def test_a_worker_that_was_held_up_takes_no_stream_for_silent_that_was_not(
+    kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    topics = {"frames": topic(), "events": topic()}
+    messages = messages_of(2, 1000)
+    config = worker_config(
+        tmp_path, tiny_bundle, kafka, topics, idle_timeout=3.0, kafka={"session_timeout": 20.0}
+    )
+    worker = WorkerProcess(config, tmp_path / "log")
+    feed = Feed(kafka, topics["frames"])
+    half = len(messages) // 2
+    feed.send(messages[:half])
+    await_committed(kafka, config, half)
+    worker.process.send_signal(signal.SIGSTOP)
+    for at in range(half, len(messages), 20):
+        feed.send(messages[at : at + 20])
+        time.sleep(1.0)
+    feed.close()
+    worker.process.send_signal(signal.SIGCONT)
+    try:
+        events = await_ends(kafka, topics["events"], ["s0", "s1"], 60)
+    finally:
+        worker.stop()
+    assert events == expected_events(tiny_bundle, messages)
+
+
+def test_messages_that_are_deleted_while_a_worker_is_held_up_are_missed_loudly(
+    kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    topics = {"frames": topic(), "events": topic()}
+    messages = messages_of(2, 12000)
+    # What has been fetched already is not missed, so a fetch is small.
+    small = {"session_timeout": 20.0, "max_poll": 5, "max_message_bytes": 1024}
+    config = worker_config(tmp_path, tiny_bundle, kafka, topics, kafka=small)
+    worker = WorkerProcess(config, tmp_path / "log")
+    feed = Feed(kafka, topics["frames"])
+    half = len(messages) // 2
+    feed.send(messages[:half])
+    await_committed(kafka, config, half)
+    worker.process.send_signal(signal.SIGSTOP)
+    feed.send(messages[half:])
+    feed.close()
+    delete_messages(kafka, topics["frames"], len(messages) - 30)
+    worker.process.send_signal(signal.SIGCONT)
+    try:
+        events = await_ends(kafka, topics["events"], ["s0", "s1"], 60)
+    finally:
+        worker.stop()
+    assert "were deleted before they were read" in (tmp_path / "log").read_text()
+    for told in events.values():
+        read = [json.loads(event) for event in told]
         started = [e["instance_id"] for e in read if e["type"] == "action.started"]
         over = [e["instance_id"] for e in read if e["type"] in ("action.ended", "action.aborted")]
         assert sorted(started) == sorted(over)

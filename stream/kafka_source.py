@@ -79,9 +79,14 @@ class KafkaSourceSettings(Strict):
 
     @model_validator(mode="after")
     def _apart(self) -> KafkaSourceSettings:
-        if len({self.topic, self.events, self.state_topic}) < 3:
+        if len(set(self.topics)) < 3:
             raise ValueError("`topic`, `events` and `state` are three topics, two of them have one name")
         return self
+
+    @property
+    def topics(self) -> tuple[str, str, str]:
+        """All that it has."""
+        return self.topic, self.events, self.state_topic
 
     def relative_to(self, folder: Path) -> KafkaSourceSettings:
         """The same, with relative paths relative to `folder`."""
@@ -110,6 +115,7 @@ class Resumption:
     rewind: Committed | None
     records: Mapping[bytes, bytes]
     beginning: int
+    end: int
 
 
 class KafkaSource:
@@ -176,12 +182,8 @@ class KafkaSource:
         settings = self._settings
         places = {partition: TopicPartition(settings.topic, partition) for partition in partitions}
         beginnings = self._consumer.beginning_offsets(list(places.values()))
-        committed = {
-            partition: self._consumer.committed(
-                place, metadata=True, timeout_ms=round(1000 * _SETTLE_SECONDS)
-            )
-            for partition, place in places.items()
-        }
+        committed = {partition: self._committed(place) for partition, place in places.items()}
+        ends = self._ends(list(places.values()))
         fresh = [places[partition] for partition, found in committed.items() if found is None]
         if settings.start == "earliest":
             starts = beginnings
@@ -197,6 +199,7 @@ class KafkaSource:
                 rewind,
                 states[partition],
                 beginnings[place],
+                ends[place],
             )
         return found
 
@@ -225,10 +228,6 @@ class KafkaSource:
         end = self._consumer.highwater(place)
         return None if end is None else max(0, end - self.position(partition))
 
-    def commit(self, offsets: Mapping[int, tuple[int, str]]) -> None:
-        """Commit (offset, text) of each partition, outside of a transaction. Raises KafkaError."""
-        self._consumer.commit(self.places(offsets), timeout_ms=round(1000 * REQUEST_SECONDS))
-
     def places(self, offsets: Mapping[int, tuple[int, str]]) -> dict[TopicPartition, OffsetAndMetadata]:
         """(offset, text) of each partition, as the client takes them."""
         return {
@@ -244,6 +243,23 @@ class KafkaSource:
         """Leave the group, so that the others need not wait."""
         self._consumer.close(autocommit=False, timeout_ms=round(1000 * CONNECT_SECONDS))
 
+    def _committed(self, place: TopicPartition) -> Any:
+        """Waits for the end of the transaction that holds the offset, if there is one."""
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while True:
+            self._wait()
+            try:
+                return self._consumer.committed(place, metadata=True, timeout_ms=1000)
+            except KafkaTimeoutError:
+                if time.monotonic() > deadline:
+                    raise
+
+    def _ends(self, places: list[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """The ends of partitions, with what is not settled yet."""
+        with closing(KafkaConsumer(**self._options, group_id=None, enable_auto_commit=False)) as plain:
+            found: Mapping[TopicPartition, int] = plain.end_offsets(places)
+        return found
+
     def _read_states(self, partitions: Iterable[int]) -> dict[int, dict[bytes, bytes]]:
         """The newest record of each key in the state's partitions, all that was committed by now."""
         topic = self._settings.state_topic
@@ -251,8 +267,7 @@ class KafkaSource:
         states: dict[int, dict[bytes, bytes]] = {place.partition: {} for place in places}
         if not places:
             return states
-        with closing(KafkaConsumer(**self._options, group_id=None, enable_auto_commit=False)) as plain:
-            ends = plain.end_offsets(places)  # also of what is not settled yet
+        ends = self._ends(places)
         with closing(
             KafkaConsumer(
                 **self._options,
@@ -270,6 +285,7 @@ class KafkaSource:
                 if time.monotonic() > deadline:
                     raise KafkaTimeoutError(f"{topic}: a transaction there does not end")
                 for place, batch in reader.poll(timeout_ms=200).items():
+                    deadline = time.monotonic() + _SETTLE_SECONDS
                     known = states[place.partition]
                     for record in batch:
                         if record.value is None:
@@ -329,7 +345,14 @@ class _Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]
 
 
 def _create_state(admin: KafkaAdminClient, name: str, partitions: int) -> None:
-    configs = {"cleanup.policy": "compact", "max.message.bytes": str(MAX_RECORD_BYTES)}
+    configs = {
+        "cleanup.policy": "compact",
+        "max.message.bytes": str(MAX_RECORD_BYTES),
+        # Only segments that are closed are compacted, and all that is not has to be read by a successor.
+        "segment.bytes": str(4 * MAX_RECORD_BYTES),
+        "segment.ms": "600000",
+        "min.cleanable.dirty.ratio": "0.1",
+    }
     try:
         admin.create_topics(
             {name: {"num_partitions": partitions, "replication_factor": -1, "configs": configs}},

@@ -18,6 +18,7 @@ from typing import Any
 from kafka.errors import KafkaError
 
 from engine.errors import ConfigError, DataError, OnsetError, WireError
+from engine.manifest import Decoding
 from engine.session import Session
 from stream.config import ServiceConfig, overridden
 from stream.dead_letters import open_dead_letters
@@ -25,7 +26,7 @@ from stream.events import Event
 from stream.kafka_connection import explain
 from stream.kafka_delivery import open_delivery
 from stream.kafka_source import KafkaSource, KafkaSourceSettings
-from stream.partition import Partition, warm_chunks
+from stream.partition import Partition, maker_of, warm_chunks
 from stream.runtime import Runtime
 from stream.surroundings import Surroundings
 from stream.throttle import Throttle
@@ -113,7 +114,8 @@ class Worker:
 
     def close(self) -> None:
         """Leave the group; what was not committed is forgotten."""
-        self._letters.close()
+        with suppress(KafkaError):
+            self._letters.close()
         self._delivery.close()
         with suppress(KafkaError):
             self._source.close()
@@ -131,9 +133,12 @@ class Worker:
         if polled.gained:
             self._take_up(polled.gained)
         for number, records in polled.records.items():
+            self._check_hole(number, records[0].offset)
             self._read(number, records)
         for number, partition in self._partitions.items():
-            partition.reach(self._source.position(number))
+            position = self._source.position(number)
+            self._check_hole(number, position)
+            partition.reach(position)
         self._runtime.drain()
         self._look_at_clocks(busy=polled.records.keys())
         self._commit()
@@ -143,15 +148,18 @@ class Worker:
         elif self._source.has_joined:
             self._around.health.set("source", True)
 
-    def _read(self, number: int, records: Sequence[Any]) -> None:
-        partition = self._partitions[number]
-        expected = partition.position
+    def _check_hole(self, number: int, offset: int) -> None:
+        """Raises DataError when messages before `offset` were deleted before they were read."""
+        expected = self._partitions[number].position
         # Offsets have holes (the ends of transactions); but what was deleted is another matter.
-        if records[0].offset > expected and (beginning := self._source.beginning(number)) > expected:
+        if offset > expected and (beginning := self._source.beginning(number)) > expected:
             raise DataError(
                 f"{self._kafka.topic}-{number}: messages {expected} to {beginning - 1} were deleted "
                 "before they were read; keep them longer (retention.ms)"
             )
+
+    def _read(self, number: int, records: Sequence[Any]) -> None:
+        partition = self._partitions[number]
         limits = Limits.of(self.session.manifest.frame, self._kafka.max_message_bytes)
         for record in records:
             message, timestamp = None, 0.0  # what cannot be read moves no clock either
@@ -245,12 +253,13 @@ class Worker:
                 self._runtime,
                 f"{self._kafka.topic}-{number}",
                 self._tell,
-                manifest.id,
+                maker_of(manifest, self._decoding(self.session), self._config),
                 warm_chunks(manifest, self._config.max_gap),
                 found.committed,
                 found.rewind,
                 found.records,
                 found.beginning,
+                found.end,
             )
             self._partitions[number] = partition
             self._source.seek(number, partition.start)
@@ -273,7 +282,9 @@ class Worker:
             log.error("the bundle stays %s: %s", self.session.manifest.id, problem)
             self._around.notifier.ready()
             return
+        self._around.reload.request()  # not forgotten, should the commit fail
         self._commit(at_once=True)
+        self._around.reload.is_due()
         numbers = set(self._partitions)
         for partition in self._partitions.values():
             partition.leave()
@@ -285,8 +296,10 @@ class Worker:
         self._around.notifier.ready()
 
     def _new_runtime(self, session: Session) -> Runtime:
-        decoding = overridden(session.manifest.decoding, self._config.decoding, "decoding")
-        return Runtime(session, self._hear, self._config, self._counters, decoding)
+        return Runtime(session, self._hear, self._config, self._counters, self._decoding(session))
+
+    def _decoding(self, session: Session) -> Decoding:
+        return overridden(session.manifest.decoding, self._config.decoding, "decoding")
 
     def _wait(self) -> None:
         """For a broker; raises Stopped when there is no need to."""

@@ -44,6 +44,9 @@ IDLE = "idle"
 STOPPED = "service stopped"
 NOT_FINITE = "outputs are not finite"
 
+# What comes of a saved stream that is none, or another bundle's.
+MISFITS = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError)
+
 EventSink = Callable[[Sequence[Event]], None]
 
 # Streams that ended are remembered, so that a late message does not open them again; the oldest are dropped.
@@ -209,22 +212,24 @@ class Runtime:
         tracker = self._streams[stream].tracker
         return None if tracker is None else tracker.save()
 
-    def blank(self, epoch: int, seen: float) -> dict[str, Any]:
+    def blank(self, epoch: int, floor: int, seen: float) -> dict[str, Any]:
         """What `save` returns of a stream that has just opened, and `restore` takes."""
-        return blank(self._new_ring(), epoch, seen)
+        return blank(self._new_ring(), epoch, floor, seen)
 
     def restore(self, stream: str, saved: Mapping[str, Any]) -> bool:
         """Put a saved stream in place, asleep: no event comes of it until `wake`. False: it found no place.
 
         Raises ValueError, KeyError or TypeError when what was saved does not fit this bundle.
         """
+        if stream in self._streams:
+            return False
         if len(self._streams) >= self._settings.max_streams:
             self._refuse(stream)
             return False
         found = self._admit(stream, saved["epoch"], saved["seen"], saved["floor"])
         try:
             found.restore(saved)
-        except (ValueError, KeyError, TypeError):
+        except MISFITS:
             self.forget([stream])
             raise
         return True
@@ -242,12 +247,16 @@ class Runtime:
     def forget(self, streams: Iterable[str]) -> None:
         """Know nothing of these streams any more, without an event: somebody else goes on with them."""
         for name in streams:
-            self._ended.pop(name, None)
             found = self._streams.pop(name, None)
             if found is not None:
                 self._ready.pop(name, None)
                 self._session.close(found.slot)
         self.counters.open_streams.set(len(self._streams))
+
+    def forget_ended(self, streams: Iterable[str]) -> None:
+        """The same of streams that have ended."""
+        for name in streams:
+            self._ended.pop(name, None)
 
     def remember_ended(self, stream: str, epoch: int, reach: int) -> None:
         """A stream ended there: what comes late of it does not open it again."""

@@ -134,9 +134,7 @@ def soak(bundle: Path, streams: int, hours: float) -> Outcome:
 
     runtime = Runtime(session, hear, SETTINGS, None, DECODING)
     manifest = session.manifest
-    partition = Partition(
-        runtime, "soak", hear, manifest.id, warm_chunks(manifest, SETTINGS.max_gap), committed=0
-    )
+    partition = Partition(runtime, "soak", hear, "soak", warm_chunks(manifest, SETTINGS.max_gap), committed=0)
     limits = Limits.of(manifest.frame)
     places = [_Place(number) for number in range(streams)]
     rounds = round(hours * _HOUR / SECONDS)

@@ -277,17 +277,18 @@ def test_a_worker_that_was_held_up_takes_no_stream_for_silent_that_was_not(
     topics = {"frames": topic(), "events": topic()}
     messages = messages_of(2, 1000)
     config = worker_config(
-        tmp_path, tiny_bundle, kafka, topics, idle_timeout=3.0, kafka={"session_timeout": 20.0}
+        tmp_path, tiny_bundle, kafka, topics, idle_timeout=5.0, kafka={"session_timeout": 30.0}
     )
     worker = WorkerProcess(config, tmp_path / "log")
+    await_line(tmp_path / "log", "took up 1 partitions")
     feed = Feed(kafka, topics["frames"])
     half = len(messages) // 2
     feed.send(messages[:half])
     await_committed(kafka, config, half)
     worker.process.send_signal(signal.SIGSTOP)
-    for at in range(half, len(messages), 20):
-        feed.send(messages[at : at + 20])
-        time.sleep(1.0)
+    for at in range(half, len(messages), 8):  # for longer than `idle_timeout`
+        feed.send(messages[at : at + 8])
+        time.sleep(1.5)
     feed.close()
     worker.process.send_signal(signal.SIGCONT)
     try:

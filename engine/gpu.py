@@ -188,6 +188,7 @@ def _release(driver: Any, device: Any, context: Any, owned: list[Callable[[], ob
     """Give back, newest first, what a Gpu held. At the end of a process the driver may be gone before us."""
     try:
         _do(driver, "cuCtxSetCurrent", context)
+        _do(driver, "cuCtxSynchronize")  # work that is under way may still write there
         while owned:
             owned.pop()()
         _do(driver, "cuDevicePrimaryCtxRelease", device)

@@ -68,11 +68,11 @@ class PlanCache:
         return path
 
     def timing(self, key: PlanKey) -> bytes:
-        """What earlier builds on such a machine measured; empty at first."""
+        """What earlier builds on such a machine measured; empty at first, and where it cannot be read."""
         try:
             path = self.folder / f"{key.machine}.timing"
             return path.read_bytes() if path.stat().st_size <= MAX_PLAN_BYTES else b""
-        except FileNotFoundError:
+        except OSError:
             return b""
 
     def keep_timing(self, key: PlanKey, timing: bytes) -> None:

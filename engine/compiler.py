@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import get_args
 
 from engine import tensorrt_api
 from engine.errors import ConfigError
@@ -16,6 +16,7 @@ from engine.precision import in_precision
 from engine.tensorrt_api import Precision, Progress
 
 MAX_BATCH = 4096
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 WORKSPACE_MIB = 1024
 
 log = logging.getLogger(__name__)
@@ -32,11 +33,11 @@ def compile_bundle(
 
     Raises BundleError when TensorRT refuses the graph, ConfigError for what this machine cannot do.
     """
-    known = known_precision(precision)
+    known, numbers = known_precision(precision), batches(streams or default_streams())
     manifest, graph = read_bundle(bundle)
     gpu = Gpu()
     cache = PlanCache(bundle)
-    keys = [key_of(manifest, gpu, known, batch) for batch in batches(streams or default_streams())]
+    keys = [key_of(manifest, gpu, known, batch) for batch in numbers]
     for key in keys:
         if cache.read(key) is None:
             build(cache, key, gpu, graph, known, workspace, report)
@@ -86,9 +87,9 @@ def known_precision(precision: str) -> Precision:
             "(calibration), which no bundle carries, and ranges that were guessed would give wrong scores "
             "without a word; use fp16"
         )
-    if precision not in ("fp32", "fp16", "bf16"):
-        raise ConfigError(f"precision is {precision!r}, expected fp32, fp16 or bf16")
-    return cast(Precision, precision)
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}, expected {', '.join(PRECISIONS)}")
+    return precision
 
 
 def batches(streams: Sequence[int]) -> tuple[int, ...]:

@@ -177,8 +177,8 @@ def _do(driver: Any, call: str, *arguments: object) -> Any:
     """A call of the driver; what it returns beside its status. Raises EngineError unless it succeeds."""
     try:
         status, *values = getattr(driver, call)(*arguments)
-    except RuntimeError as problem:  # the bindings find no driver, or an older one without this call
-        raise EngineError(f"{call}: {problem}") from None
+    except RuntimeError:  # so the bindings say that they find no driver, or an old one without this call
+        raise EngineError(f"the driver is missing, or too old for {call}") from None
     if status != driver.CUresult.CUDA_SUCCESS:
         raise EngineError(f"{call} failed with {status.name}")
     return values[0] if values else None

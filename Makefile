@@ -1,8 +1,12 @@
 # Each target works alone from a fresh clone: it makes .venv and installs what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
+BUILD ?= build
+# Of this machine, or, where it has none, of pip.
+NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+CMAKE ?= $(shell command -v cmake)
 
-.PHONY: setup demo test lint bench chaos clean
+.PHONY: setup demo test lint bench chaos plugin test-gpu clean
 
 setup: .venv/.dev
 
@@ -35,6 +39,29 @@ bench: .venv/.dev
 # Ten minutes of killed workers and brokers: it ends with one line of counts. Needs Java, and Maven or KAFKA_HOME.
 chaos: .venv/.dev
 	$(BIN)/python -m tests.kafka.chaos --seconds 600 --brokers 3
+
+.venv/.plugin: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[plugin]'
+	touch $@
+
+# BUILD/libonset_nms.so: the NMS kernel, and with TENSORRT_INCLUDE (the folder of NvInfer.h) its TensorRT plugin.
+# ARCHITECTURES=90, say, for fewer than all of them.
+plugin: $(if $(and $(NVCC),$(CMAKE)),,.venv/.plugin)
+	$(or $(CMAKE),$(BIN)/cmake) -S engine/nms -B $(BUILD)/nms \
+	    -DCMAKE_CUDA_COMPILER="$(or $(NVCC),$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/nvidia/cu*/bin/nvcc))" \
+	    -DCMAKE_CUDA_ARCHITECTURES="$(ARCHITECTURES)" -DTENSORRT_INCLUDE="$(abspath $(TENSORRT_INCLUDE))" \
+	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(abspath $(BUILD))"
+	$(or $(CMAKE),$(BIN)/cmake) --build $(BUILD)/nms
+
+.venv/.gpu: .venv/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[gpu]'
+	touch $@
+
+# TESTER: a python with pytest, numpy, pydantic and pyyaml, where the machine reaches no registry.
+TESTER ?= $(BIN)/python
+test-gpu: plugin $(if $(filter $(BIN)/python,$(TESTER)),.venv/.gpu)
+	ONSET_NMS_LIBRARY=$(abspath $(BUILD))/libonset_nms.so $(TESTER) -m pytest -q -m gpu --confcutdir=tests/gpu tests/gpu
 
 clean:
 	rm -rf .venv build demo bench

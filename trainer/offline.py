@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.errors import DataError
+from engine.suppression import suppress
 from trainer.beats import BeatFront
 from trainer.blocks import Block, Conv, DepthwiseConv, Reach
 from trainer.front import FeatureFront, SignalFront
 from trainer.memory import Memory
 from trainer.moments import decode, to_seconds
-from trainer.nms import suppress
 from trainer.recipe import ModelRecipe, Recipe
 
 FULL = Reach(None, 1)

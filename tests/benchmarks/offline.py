@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from engine.suppression import suppress
 from tests.benchmarks.pairs import Row, Work, paired
 from tests.benchmarks.peer import Peer
 from trainer.annotations import read_annotations
 from trainer.blocks import Conv, DropPath
 from trainer.features import Clip
-from trainer.nms import suppress
 from trainer.official import fill, renamed
 from trainer.offline import OfflineDetector
 from trainer.offline_training import OfflineTask

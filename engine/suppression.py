@@ -24,6 +24,7 @@ Method = Literal["soft", "linear", "hard", "none"]
 _Number = TypeVar("_Number", bound=np.generic)
 _Spans = Sequence[Floats]  # starts, ends and lengths
 _Decay = Callable[[Floats], object]  # turns overlaps into factors of the scores, in place
+Exponential = Callable[[Floats, Floats], object]  # of the first into the second, as `numpy.exp`
 
 _EPSILON = np.float32(1e-6)  # what the reference adds to lengths; for votes it does not, nor does this
 _LEAST = np.finfo(np.float32).smallest_subnormal  # of floors: so what was selected goes out by a score of 0
@@ -43,6 +44,7 @@ def suppress(
     min_score: float = 0.001,
     max_segments: int = 200,
     voting_threshold: float = 0.0,
+    exponential: Exponential = np.exp,
 ) -> tuple[Floats, Floats, Ints]:
     """The segments [M, 2] that stay of [N, 2], their scores [M], descending, and their labels [M].
 
@@ -54,6 +56,7 @@ def suppress(
     Of equal scores the lower label goes first if `per_class`, then the earlier row. If not `per_class`, a
     positive `voting_threshold` replaces each kept segment by the mean of all N that overlap it that much,
     weighted by given score times overlap; one without any weight, NaN in the reference, stays what it is.
+    `exponential`: another than numpy's, whose last bits depend on the processor.
     """
     if method == "none":
         return segments, scores, labels
@@ -64,7 +67,12 @@ def suppress(
     rows = np.flatnonzero(enough)
     rows = rows[np.argsort(classes[rows], kind="stable")]
     chosen, kept_scores = _select(
-        segments[rows], scores[rows], classes[rows], _decay(method, iou_threshold, sigma), floor, max_segments
+        segments[rows],
+        scores[rows],
+        classes[rows],
+        _decay(method, iou_threshold, sigma, exponential),
+        floor,
+        max_segments,
     )
     chosen = rows[chosen]
     if method != "hard" and len(rows) < len(scores):
@@ -73,17 +81,35 @@ def suppress(
         kept_scores = np.concatenate([kept_scores, scores[rest]])[:max_segments]
     kept = segments[chosen]
     if not per_class and voting_threshold > 0 and len(kept):
-        kept = _vote(kept, segments, scores, voting_threshold)
+        kept = vote(kept, segments, scores, voting_threshold)
     return kept, kept_scores, labels[chosen]
 
 
-def _decay(method: Method, iou_threshold: float, sigma: float) -> _Decay:
+def factors(
+    segment: Floats,
+    segments: Floats,
+    *,
+    method: Method,
+    iou_threshold: float,
+    sigma: float,
+    exponential: Exponential = np.exp,
+) -> Floats:
+    """What one kept segment [2] leaves of the scores of others [N, 2], as factors [N]: see `suppress`."""
+    spans = [*np.ascontiguousarray(segments.T), segments[:, 1] - segments[:, 0] + _EPSILON]
+    result, spare, zeros = (np.zeros(len(segments), dtype=np.float32) for _ in range(3))
+    start, end = segment
+    _overlap([start, end, end - start + _EPSILON], spans, zeros, result, spare)
+    _decay(method, iou_threshold, sigma, exponential)(result)
+    return result
+
+
+def _decay(method: Method, iou_threshold: float, sigma: float, exponential: Exponential) -> _Decay:
     threshold, width = np.array(iou_threshold, dtype=np.float32), np.array(-sigma, dtype=np.float32)
 
     def soft(iou: Floats) -> None:
         np.multiply(iou, iou, out=iou)
         np.divide(iou, width, out=iou)
-        np.exp(iou, out=iou)
+        exponential(iou, iou)
 
     def linear(iou: Floats) -> None:
         np.multiply(iou, iou >= threshold, out=iou)
@@ -246,7 +272,7 @@ def _best_of_others(scores: Floats, classes: Ints, rows: Ints) -> Ints:
     return best[order]
 
 
-def _vote(kept: Floats, segments: Floats, scores: Floats, threshold: float) -> Floats:
+def vote(kept: Floats, segments: Floats, scores: Floats, threshold: float) -> Floats:
     """Each kept segment [M, 2] as the mean of those of [N, 2] whose IoU with it is `threshold` or more."""
     start, end = np.ascontiguousarray(segments.T)
     spans = (start, end, end - start)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from trainer import nms
-from trainer.nms import Method, suppress
+from engine import suppression
+from engine.suppression import Method, suppress
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "nms.json").read_text())
@@ -159,7 +159,7 @@ def assert_agrees_with_the_loop(given_: Table, **said: Any) -> None:
 def test_agrees_with_a_plain_loop(given_: Table, said: dict[str, Any], in_rounds: bool) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if in_rounds:  # which so few would not take
-            patch.setattr(nms, "_few", lambda *_: False)
+            patch.setattr(suppression, "_few", lambda *_: False)
         assert_agrees_with_the_loop(given_, **said)
 
 

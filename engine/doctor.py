@@ -107,8 +107,8 @@ def _gpu_advice(here: str) -> str:
         )
     return (
         f"{bindings}to use an NVIDIA GPU: install its driver (Debian and Ubuntu: `apt install "
-        "nvidia-driver`, or nvidia.com/drivers); in a container, install the NVIDIA Container Toolkit and start it with "
-        "`--gpus all`"
+        "nvidia-driver`, or nvidia.com/drivers); in a container, install the NVIDIA Container Toolkit and "
+        "start it with `--gpus all`"
     )
 
 
@@ -128,7 +128,8 @@ def _tensorrt_advice(here: str) -> str:
     if here.startswith("Jet"):
         return (
             "it comes with JetPack: `sudo apt install tensorrt python3-libnvinfer`, then a virtual "
-            "environment that sees it: `python3 -m venv --system-site-packages .venv`. pip's TensorRT is not for Jetsons"
+            "environment that sees it: `python3 -m venv --system-site-packages .venv`. pip's TensorRT is not "
+            "for Jetsons"
         )
     if here != "x86_64":
         return f"on {here}, install NVIDIA's TensorRT packages for your distribution (nvidia.com/tensorrt)"

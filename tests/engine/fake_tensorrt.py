@@ -36,6 +36,7 @@ class FakeTensorRt(types.ModuleType):
         super().__init__("tensorrt")
         self.driver, self.__version__ = driver, release
         self.built: list[Any] = []  # configurations
+        self.ran: list[int] = []  # rows of each run
         self.break_build = ""
         names = listing(f"tensorrt-{release}")
         for name, values in names["enums"].items():
@@ -344,6 +345,7 @@ class IExecutionContext:
 
     def _compute(self) -> None:
         engine = self._engine
+        self._trt.ran.append(self._batch)
         arrays = {
             name: self._trt.driver.array(
                 self._addresses[name], self._batch * int(np.prod(node.shape[1:]))

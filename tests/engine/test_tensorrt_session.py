@@ -109,14 +109,32 @@ def test_what_was_given_out_does_not_change_with_the_next_step(trt: FakeTensorRt
         np.testing.assert_array_equal(first[name], kept[name])
 
 
+def test_a_step_takes_the_smallest_batch_that_holds_it(trt: FakeTensorRt, bundle: Path) -> None:
+    session = TensorRtSession(bundle, slots=9, streams=(1, 4, 2))
+    slots = [session.open() for _ in range(9)]
+    ran = []
+    for rows in (1, 2, 3, 4, 5, 9):
+        trt.ran.clear()
+        session.step(slots[:rows], chunks(1, rows)[0], mask(rows))
+        ran.append(list(trt.ran))
+    assert ran == [[1], [2], [4], [4], [4, 1], [4, 4, 1]]
+
+
+def test_who_takes_over_a_slot_begins_from_zeros(trt: FakeTensorRt, bundle: Path) -> None:
+    session, samples = TensorRtSession(bundle, slots=1), chunks(5, 1)
+    heard = []
+    for _ in range(2):
+        slot = session.open()
+        heard.append([session.step([slot], x, mask(1))["ongoing"] for x in samples])
+        session.close(slot)
+    np.testing.assert_array_equal(*heard)
+
+
 def test_another_thread_may_take_over(trt: FakeTensorRt, bundle: Path) -> None:
     session = TensorRtSession(bundle, slots=1)
+    slot = session.open()
     heard: list[object] = []
-
-    def work() -> None:
-        heard.append(session.step([session.open()], chunks(1, 1)[0], mask(1)))
-
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=lambda: heard.append(session.step([slot], chunks(1, 1)[0], mask(1))))
     thread.start()
     thread.join()
     assert heard
@@ -164,6 +182,9 @@ def test_another_release_gpu_or_precision_has_plans_of_its_own(
     trt = install(monkeypatch, FakeDriver(capability=capability), release)
     TensorRtSession(bundle, slots=1, precision=precision)  # type: ignore[arg-type]
     assert len(trt.built) == 1
+    trt = install(monkeypatch, FakeDriver(), RELEASES[2])
+    TensorRtSession(bundle, slots=1)
+    assert not trt.built, "it took the place of the first"
 
 
 def cut(plan: bytes) -> bytes:

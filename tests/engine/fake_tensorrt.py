@@ -20,7 +20,7 @@ import pytest
 
 from tests.engine.fake_driver import FakeDriver, listing
 
-RELEASES = ("8.5.3.1", "10.13.3.9", "10.16.1.11", "11.4.0.106")
+RELEASES = ("8.5.3.1", "10.3.0", "10.13.3.9", "10.16.1.11", "11.4.0.106")
 CUDA = "cuda-12.9.10"
 _NUMBERS = {
     "FLOAT": onnx.TensorProto.FLOAT,

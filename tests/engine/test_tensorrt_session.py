@@ -172,17 +172,17 @@ def test_plans_are_built_once(trt: FakeTensorRt, bundle: Path) -> None:
 
 @pytest.mark.parametrize(
     ("release", "capability", "precision"),
-    [(RELEASES[1], (9, 0), "fp32"), (RELEASES[2], (8, 7), "fp32"), (RELEASES[2], (9, 0), "fp16")],
+    [(RELEASES[2], (9, 0), "fp32"), (RELEASES[3], (8, 7), "fp32"), (RELEASES[3], (9, 0), "fp16")],
 )
 def test_another_release_gpu_or_precision_has_plans_of_its_own(
     monkeypatch: pytest.MonkeyPatch, bundle: Path, release: str, capability: tuple[int, int], precision: str
 ) -> None:
-    install(monkeypatch, FakeDriver(), RELEASES[2])
+    install(monkeypatch, FakeDriver(), RELEASES[3])
     TensorRtSession(bundle, slots=1)
     trt = install(monkeypatch, FakeDriver(capability=capability), release)
     TensorRtSession(bundle, slots=1, precision=precision)  # type: ignore[arg-type]
     assert len(trt.built) == 1
-    trt = install(monkeypatch, FakeDriver(), RELEASES[2])
+    trt = install(monkeypatch, FakeDriver(), RELEASES[3])
     TensorRtSession(bundle, slots=1)
     assert not trt.built, "it took the place of the first"
 

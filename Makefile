@@ -6,7 +6,7 @@ BUILD ?= build
 NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 CMAKE ?= $(shell command -v cmake)
 
-.PHONY: setup demo test lint bench chaos plugin test-gpu clean
+.PHONY: setup demo test lint bench chaos fuzz soak plugin test-gpu clean
 
 setup: .venv/.dev
 
@@ -24,8 +24,9 @@ setup: .venv/.dev
 demo: .venv/.demo
 	$(BIN)/python deploy/demo.py
 
+# Two at a time: many tests wait for a broker. One file stays in one process, for what its tests share.
 test: .venv/.dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -36,8 +37,10 @@ lint: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python -m tests.benchmarks.bench --output bench
 
-# Ten minutes of killed workers and brokers: it ends with one line of counts. Needs Java, and Maven or KAFKA_HOME.
+# A broker that is away for two minutes under load; then ten minutes of killed workers and brokers, which end with
+# one line of counts. Needs Java, and Maven or KAFKA_HOME.
 chaos: .venv/.dev
+	ONSET_CHAOS_SECONDS=120 $(BIN)/python -m pytest -q --timeout 900 tests/stream/test_kafka_sink.py -k dies_under_load
 	$(BIN)/python -m tests.kafka.chaos --seconds 600 --brokers 3
 
 .venv/.plugin: pyproject.toml
@@ -65,6 +68,14 @@ TESTER ?= $(BIN)/python
 test-gpu: plugin $(if $(filter $(BIN)/python,$(TESTER)),.venv/.gpu)
 	ONSET_NMS_LIBRARY=$(abspath $(BUILD))/libonset_nms.so $(TESTER) -m pytest -q -m gpu --confcutdir=tests/gpu tests/gpu
 	$(TESTER) -m tests.benchmarks.tensorrt
+
+# A million hostile messages, in some minutes: it ends with one line of counts.
+fuzz: .venv/.dev
+	$(BIN)/python -m tests.stream.fuzz --messages 1000000
+
+# A day of 200 streams, sped up: it ends with memory and cost per frame, then and now. Needs Linux.
+soak: .venv/.dev
+	$(BIN)/python -m tests.benchmarks.soak
 
 clean:
 	rm -rf .venv build demo bench

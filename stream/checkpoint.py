@@ -3,7 +3,8 @@
 `Life` is small and always current: does the stream run, since which message, which actions are open? It is
 enough to end what cannot be gone on with. `Mark` is written now and then: the stream as it was saved before
 one message (`offset`), and its tracker as it was saved before a later one (`woken`); `stream.live_stream`
-says why there are two. Both name the bundle: another one's tracker is of no use.
+says why there are two. Both name what decided on the stream (the bundle and
+its settings): another one's tracker is of no use.
 
 Plain msgpack maps, read with bounds. No I/O here.
 """
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgpack
+from pydantic import Field
 
 from engine.errors import DataError
+from engine.schema import Strict
 from stream.tracker import OpenAction
 
 VERSION = 1
@@ -27,43 +29,45 @@ MAX_RECORD_BYTES = 16 * 1024 * 1024
 _LIFE, _MARK = b"life:", b"mark:"
 
 
-@dataclass(frozen=True)
-class Life:
+Offset = Annotated[int, Field(ge=0, lt=2**63)]
+Clock = Annotated[float, Field(ge=0)]
+
+
+class Life(Strict):
     """A stream that runs, or has ended; offsets are those of the log of messages."""
 
     is_open: bool
-    epoch: int
-    reach: int  # one past its newest sample
-    offset: int  # its messages before this one are of an earlier life
-    clock: float  # the log's clock there, seconds
-    bundle: str
+    epoch: int = Field(ge=0)
+    reach: int = Field(ge=0, description="one past its newest sample")
+    floor: int = Field(0, ge=0, description="its samples before this one were in an earlier life")
+    offset: Offset = Field(description="its messages before this one are of an earlier life")
+    clock: Clock = Field(description="the log's clock there, seconds")
+    maker: str = Field(description="what decided on it: bundle and settings")
     actions: tuple[OpenAction, ...] = ()
-    now: float = 0.0  # stream time of its last event, seconds
+    now: float = Field(0.0, ge=0, description="stream time of its last event, seconds")
     captured: float | None = None
 
 
-@dataclass(frozen=True)
-class Mark:
+class Mark(Strict):
     """A stream that can be gone on with."""
 
-    offset: int
-    clock: float
-    saved: Mapping[str, Any]  # see LiveStream.save
-    woken: int
-    tracker: Mapping[str, Any] | None  # see Tracker.save; None: no segment was under way
-    bundle: str
+    offset: Offset
+    clock: Clock
+    saved: dict[str, Any] = Field(description="see LiveStream.save")
+    woken: Offset
+    tracker: dict[str, Any] | None = Field(description="see Tracker.save; None: no segment was under way")
+    maker: str
 
 
-@dataclass(frozen=True)
-class Committed:
+class Committed(Strict):
     """The text beside a committed offset: from where the log is to be read again, and its clock there."""
 
-    rewind: int
-    clock: float
+    rewind: Offset
+    clock: Clock
 
     def to_text(self) -> str:
         """As JSON; a broker takes 4096 bytes."""
-        return json.dumps({"v": VERSION, **asdict(self)}, separators=(",", ":"))
+        return json.dumps({"v": VERSION, **self.model_dump()}, separators=(",", ":"))
 
     @classmethod
     def from_text(cls, text: str) -> Committed:
@@ -72,8 +76,7 @@ class Committed:
             fields = json.loads(text)
             if fields.pop("v") != VERSION:
                 raise ValueError("another version")
-            found = cls(**fields)
-            return cls(int(found.rewind), float(found.clock))
+            return cls.model_validate(fields)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise DataError(
                 f"beside a committed offset stands {text[:60]!r}, expected what Onset writes there; "
@@ -91,7 +94,7 @@ def key_of(kind: type[Life] | type[Mark], stream: str) -> bytes:
 
 def packed(record: Life | Mark) -> bytes:
     """The value of a record."""
-    fields = {name: getattr(record, name) for name in record.__dataclass_fields__}
+    fields = {name: getattr(record, name) for name in type(record).model_fields}
     return bytes(msgpack.packb({"v": VERSION, **fields}))
 
 
@@ -108,9 +111,7 @@ def unpacked(kind: type[RecordT], value: bytes) -> RecordT:
         )
         if fields.pop("v") != VERSION:
             raise ValueError("another version")
-        if kind is Life:
-            fields["actions"] = tuple(OpenAction(*action) for action in fields["actions"])
-        return kind(**fields)
+        return kind.model_validate(fields)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, msgpack.UnpackException):
         raise DataError(f"not a {kind.__name__.lower()} that Onset {VERSION} has written") from None
 

@@ -13,8 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine.errors import ConfigError
+from engine.schema import load_config
 from stream import logs
 from stream.config import load_service_config
+from stream.kafka_connection import KafkaConnection
+from stream.kafka_sender import KafkaSender
 from stream.offline import detect_recordings
 from stream.recording_source import load, messages, paced, stream_ids
 from stream.reload import Reload
@@ -108,7 +111,8 @@ def send(
         str,
         typer.Option(
             "--to",
-            help="Where `onset run` listens, e.g. tcp://127.0.0.1:5555; push|pub+bind|connect: before it.",
+            help="Where `onset run` listens, e.g. tcp://127.0.0.1:5555; push|pub+bind|connect: before it. "
+            "Or the topic that it reads: kafka://HOST:PORT/TOPIC.",
         ),
     ],
     rate: Annotated[
@@ -134,11 +138,19 @@ def send(
     key: Annotated[
         Path | None, typer.Option(help="Our own NAME.secret, with --server-key; `onset keys` makes one.")
     ] = None,
+    kafka_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML of a Kafka `connection` (bootstrap, tls, sasl), for --to kafka:///TOPIC; "
+            "configs/service-kafka.yaml explains its keys."
+        ),
+    ] = None,
 ) -> None:
     """Send recordings to a service as if they were live, all side by side.
 
     Nothing is dropped: where the service is slower than --speed, this waits (with --to pub+..., it does not
-    wait, and what the service cannot take is lost). Each recording becomes a stream named after its file.
+    wait, and what the service cannot take is lost; Kafka keeps what the service has not read). Each recording
+    becomes a stream named after its file, which is the key of its messages in Kafka.
 
     Example: onset send recording.npy --to tcp://127.0.0.1:5555 --rate 50
     """
@@ -152,11 +164,6 @@ def send(
         raise ConfigError(f"--speed is {speed:g}, expected 1 for real time, or 0 for as fast as it goes")
     if dtype not in _DTYPES:
         raise ConfigError(f"--dtype is {dtype!r}, expected {', '.join(_DTYPES)}")
-    curve = None
-    if server_key is not None and key is not None:
-        curve = ClientKeys(server=read_public(server_key), own=read_secret(key))
-    elif server_key is not None or key is not None:
-        raise ConfigError("--server-key and --key belong together, found one of them")
     ids = stream_ids(recordings)
     size = arrival or max(1, round(rate / 10))
     start = epoch if epoch is not None else time.time_ns()
@@ -172,7 +179,7 @@ def send(
     ]
     # One queue for all, in the order in which the samples would have been measured.
     queue: Iterator[Message] = heapq.merge(*sources, key=lambda message: message.seq + len(message.samples))
-    with ZmqProducer(to, curve=curve) as producer, _progress() as bar:
+    with _producer(to, server_key, key, kafka_config) as producer, _progress() as bar:
         task = bar.add_task("sending", total=sum(len(samples) for samples in loaded))
         for message in paced(queue, speed) if speed else queue:
             scale = scales[message.stream] if dtype == "int16" else None
@@ -197,6 +204,26 @@ def keys(
     """
     public, secret = write_keys(output, name)
     Console(stderr=True).print(f"keys: {public} (to give away), {secret} (to keep)", highlight=False)
+
+
+def _producer(
+    to: str, server_key: Path | None, key: Path | None, kafka_config: Path | None
+) -> ZmqProducer | KafkaSender:
+    if to.startswith("kafka:"):
+        if server_key is not None or key is not None:
+            raise ConfigError("--server-key and --key are for ZeroMQ; for Kafka there is --kafka-config")
+        if kafka_config is None:
+            return KafkaSender(to)
+        connection = load_config(KafkaConnection, kafka_config)
+        return KafkaSender(to, connection.relative_to(kafka_config.resolve().parent))
+    if kafka_config is not None:
+        raise ConfigError(f"--kafka-config is for --to kafka:///TOPIC, found {to!r}")
+    if (server_key is None) != (key is None):
+        raise ConfigError("--server-key and --key belong together, found one of them")
+    curve = None
+    if server_key is not None and key is not None:
+        curve = ClientKeys(server=read_public(server_key), own=read_secret(key))
+    return ZmqProducer(to, curve=curve)
 
 
 def _progress() -> Progress:

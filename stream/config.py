@@ -101,6 +101,11 @@ class ServiceConfig(RuntimeSettings):
             )
         if self.source.kafka is None and not self.sinks:
             raise ValueError("`sinks` is missing: where do events go?")
+        letters = self.dead_letters.kafka_topic
+        if self.source.kafka is not None and letters in self.source.kafka.topics:
+            raise ValueError(
+                f"`dead_letters.kafka_topic` is {letters!r}, which has another use; give it its own"
+            )
         if self.source.kafka is None and self.dead_letters.kafka_topic is not None:
             raise ValueError("`dead_letters.kafka_topic` takes a Kafka source; use `dead_letters.file`")
         return self

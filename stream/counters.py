@@ -74,7 +74,6 @@ class Counters:
         self.queued_messages = gauge("queued_messages", "messages that wait to be offered")
         self.lag_messages = gauge("lag_messages", "messages behind a partition's end", ("topic", "partition"))
         self.spool_events = gauge("spool_events", "events that wait on disk for the broker")
-        self.spooled_events = counter("spooled_events", "events that went to disk, the broker being away")
         self.dropped_messages = counter("dropped_messages", "messages dropped unread, by reason", ("reason",))
         self.dead_letters = counter(
             "dead_letters", "messages put aside as unreadable, by reason", ("reason",)

@@ -46,7 +46,9 @@ class DeadLetterSettings(Strict):
 
     file: Path | None = Field(default=None, description="JSON lines; the full file becomes NAME.1")
     kafka_topic: str | None = Field(
-        default=None, min_length=1, max_length=249, description="the raw bytes, with the reason in headers"
+        default=None,
+        pattern=r"^[A-Za-z0-9._-]{1,249}$",
+        description="the raw bytes, with the reason in headers",
     )
     per_second: int = Field(default=100, ge=1, le=100_000, description="letters kept; the rest is counted")
     max_bytes: int = Field(

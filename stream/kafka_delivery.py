@@ -1,8 +1,8 @@
 """What a worker writes to Kafka: events, dead letters, state, and how far it has read.
 
-`Transactions`: all of it at once or nothing (exactly once). `Sends`: events at once, the rest later, so that
-a crash in between says some events again (at least once). What either raises, or leaves undone, ends with
-`close`: the worker begins anew.
+`Transactions`: all of it at once or nothing (exactly once). `Sends`: events at once, and state and offsets
+later, in a transaction of their own, so that a crash in between says some events again (at least once). What
+either raises, or leaves undone, ends with `close`: the worker begins anew.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Delivery(Protocol):
         ...
 
 
-class Transactions:
-    """One transaction a commit."""
+class _Committing:
+    """What both ways have in common: the transaction that holds state and offsets."""
 
     def __init__(
         self, settings: KafkaSourceSettings, source: KafkaSource, counters: Counters, identity: str
@@ -69,15 +69,51 @@ class Transactions:
         (KIP-447), not by who has its name. Raises KafkaError.
         """
         self._settings, self._source, self._counters = settings, source, counters
-        self._told: list[Event] = []
-        self._letters: list[tuple[str, bytes | None, bytes, Headers]] = []
-        self._producer = TransactionalProducer(
+        self._transaction = TransactionalProducer(
             settings.connection,
             f"{settings.group}-{identity}",
             compression="gzip",
             timeout=settings.transaction_timeout,
             max_record_bytes=MAX_RECORD_BYTES,
         )
+
+    def _commit(
+        self,
+        events: Sequence[Event],
+        letters: Sequence[tuple[str, bytes | None, bytes, Headers]],
+        state: Sequence[State],
+        offsets: Offsets,
+    ) -> None:
+        outcome = "failed"
+        try:
+            self._transaction.begin()
+            for event in events:
+                made = record(event)
+                self._transaction.send(self._settings.events, made.key, made.value, made.headers)
+            for letter in letters:
+                self._transaction.send(*letter)
+            for partition, key, value in state:
+                self._transaction.send(self._settings.state_topic, key, value, partition=partition)
+            self._transaction.commit(self._source.places(offsets), self._source.membership())
+            outcome = "committed"
+        finally:
+            self._counters.transactions.labels(outcome).inc()
+
+    def close(self) -> None:
+        """See `Delivery.close`."""
+        self._transaction.close()
+
+
+class Transactions(_Committing):
+    """One transaction a commit, of all."""
+
+    def __init__(
+        self, settings: KafkaSourceSettings, source: KafkaSource, counters: Counters, identity: str
+    ) -> None:
+        """Raises KafkaError."""
+        super().__init__(settings, source, counters, identity)
+        self._told: list[Event] = []
+        self._letters: list[tuple[str, bytes | None, bytes, Headers]] = []
 
     @property
     def is_waiting(self) -> bool:
@@ -94,42 +130,26 @@ class Transactions:
 
     def commit(self, state: Sequence[State], offsets: Offsets) -> None:
         """See `Delivery.commit`."""
-        outcome = "failed"
-        try:
-            self._producer.begin()
-            for event in self._told:
-                made = record(event)
-                self._producer.send(self._settings.events, made.key, made.value, made.headers)
-            for letter in self._letters:
-                self._producer.send(*letter)
-            for partition, key, value in state:
-                self._producer.send(self._settings.state_topic, key, value, partition=partition)
-            self._producer.commit(self._source.places(offsets), self._source.membership())
-            outcome = "committed"
-        finally:
-            self._counters.transactions.labels(outcome).inc()
+        self._commit(self._told, self._letters, state, offsets)
         self._told, self._letters = [], []
 
-    def close(self) -> None:
-        """See `Delivery.close`."""
-        self._producer.close()
 
-
-class Sends:
+class Sends(_Committing):
     """Events as they come; state and offsets at each commit, after them."""
 
     is_waiting = False
 
-    def __init__(self, settings: KafkaSourceSettings, source: KafkaSource) -> None:
+    def __init__(
+        self, settings: KafkaSourceSettings, source: KafkaSource, counters: Counters, identity: str
+    ) -> None:
         """Raises KafkaError."""
-        self._settings, self._source = settings, source
+        super().__init__(settings, source, counters, identity)
         self._futures: list[Any] = []
         self._producer = KafkaProducer(
             **settings.connection.client_options(),
             enable_idempotence=True,
             acks="all",
             compression_type="gzip",
-            max_request_size=MAX_RECORD_BYTES,
             request_timeout_ms=round(1000 * REQUEST_SECONDS),
             delivery_timeout_ms=round(1000 * _DELIVERY_SECONDS),
             max_block_ms=round(1000 * REQUEST_SECONDS),
@@ -150,30 +170,23 @@ class Sends:
 
     def commit(self, state: Sequence[State], offsets: Offsets) -> None:
         """See `Delivery.commit`."""
-        # In this order: what the state tells of has been told, and what the offsets pass has been written.
-        self._settle()
-        for partition, key, value in state:
-            sent = self._producer.send(self._settings.state_topic, key=key, value=value, partition=partition)
-            self._futures.append(sent)
-        self._settle()
-        self._source.commit(offsets)
+        # What the state tells of, and the offsets pass, has been told by then.
+        deadline = time.monotonic() + _DELIVERY_SECONDS
+        futures, self._futures = self._futures, []
+        for future in futures:
+            future.get(timeout=max(0.0, deadline - time.monotonic()))
+        self._commit((), (), state, offsets)
 
     def close(self) -> None:
         """See `Delivery.close`."""
         with suppress(KafkaError):  # something is on its way still, and is given up
             self._producer.close(timeout=0)
-
-    def _settle(self) -> None:
-        deadline = time.monotonic() + _DELIVERY_SECONDS
-        futures, self._futures = self._futures, []
-        for future in futures:
-            future.get(timeout=max(0.0, deadline - time.monotonic()))
+        super().close()
 
 
 def open_delivery(
     settings: KafkaSourceSettings, source: KafkaSource, counters: Counters, identity: str
 ) -> Delivery:
     """The delivery of a configuration. Raises KafkaError."""
-    if settings.delivery == "exactly-once":
-        return Transactions(settings, source, counters, identity)
-    return Sends(settings, source)
+    kind = Transactions if settings.delivery == "exactly-once" else Sends
+    return kind(settings, source, counters, identity)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Literal
@@ -73,8 +73,17 @@ class KafkaSinkSettings(Strict):
 class KafkaSink:
     """An `EventWriter`; sends until it is closed. `write` and `close` belong to one thread."""
 
-    def __init__(self, settings: KafkaSinkSettings, counters: Counters | None = None) -> None:
-        """Raises ConfigError for a spool or a secret that cannot be had; a broker need not be there."""
+    def __init__(
+        self,
+        settings: KafkaSinkSettings,
+        counters: Counters | None = None,
+        patience: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`patience` is asked, about once a second, whether to go on waiting for room in the spool.
+
+        Raises ConfigError for a spool or a secret that cannot be had; a broker need not be there.
+        """
+        self._patience = patience
         self._settings, self._counters = settings, counters or Counters()
         self._throttle = Throttle(log)
         settings.connection.client_options()  # complains now, not later in a log
@@ -107,6 +116,14 @@ class KafkaSink:
             try:
                 dropped = self._spool.append(records, drop_oldest=drop)
             except SpoolFull as problem:
+                if not self._patience():
+                    self._counters.events_dropped.inc(len(events))
+                    log.error(
+                        "%s is full and no broker takes events: %d are lost",
+                        self._settings.spool,
+                        len(events),
+                    )
+                    return
                 self._throttle.warning("waiting", f"{problem}; the service waits for the broker")
                 self._spool.wait_for_room(_PAUSE_SECONDS)
                 continue
@@ -115,6 +132,7 @@ class KafkaSink:
                 self._throttle.warning(
                     "events lost", f"{self._settings.spool} is full, the oldest are dropped"
                 )
+            self._counters.spool_events.set(self.depth)
             self._work.set()
             return
         raise self._failure
@@ -175,6 +193,7 @@ class KafkaSink:
             producer.commit({self._place: OffsetAndMetadata(last, newest.id, -1)}, self._identity)
             self._spool.remove(last)
             self._counters.events_delivered.inc(len(batch))
+            self._counters.spool_events.set(self.depth)
 
     def _forget_what_was_sent(self) -> None:
         """Remove from the spool what the last transaction had committed before its end was known here.

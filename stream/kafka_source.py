@@ -79,9 +79,14 @@ class KafkaSourceSettings(Strict):
 
     @model_validator(mode="after")
     def _apart(self) -> KafkaSourceSettings:
-        if len({self.topic, self.events, self.state_topic}) < 3:
+        if len(set(self.topics)) < 3:
             raise ValueError("`topic`, `events` and `state` are three topics, two of them have one name")
         return self
+
+    @property
+    def topics(self) -> tuple[str, str, str]:
+        """All that it has."""
+        return self.topic, self.events, self.state_topic
 
     def relative_to(self, folder: Path) -> KafkaSourceSettings:
         """The same, with relative paths relative to `folder`."""
@@ -110,13 +115,20 @@ class Resumption:
     rewind: Committed | None
     records: Mapping[bytes, bytes]
     beginning: int
+    end: int
 
 
 class KafkaSource:
     """A member of a consumer group. One thread owns it."""
 
-    def __init__(self, settings: KafkaSourceSettings, wait: Callable[[], None] = lambda: None) -> None:
-        """`wait` is called while this waits for others, and may raise to give up.
+    def __init__(
+        self,
+        settings: KafkaSourceSettings,
+        wait: Callable[[], None] = lambda: None,
+        letters: str | None = None,
+    ) -> None:
+        """`wait` is called while this waits for others, and may raise to give up; `letters` is another topic
+        that has to be there.
 
         Raises ConfigError for topics that are not as they must be, KafkaError when Kafka is not there.
         """
@@ -128,7 +140,7 @@ class KafkaSource:
             "request_timeout_ms": round(1000 * max(REQUEST_SECONDS, 2 * settings.session_timeout)),
             "reconnect_backoff_max_ms": 1000,
         }
-        self.partitions = self._prepare_topics()
+        self.partitions = self._prepare_topics(letters)
         """how many partitions the topic had when this began"""
         self._rebalances = _Rebalances()
         self._awaiting: set[int] = set()
@@ -170,12 +182,8 @@ class KafkaSource:
         settings = self._settings
         places = {partition: TopicPartition(settings.topic, partition) for partition in partitions}
         beginnings = self._consumer.beginning_offsets(list(places.values()))
-        committed = {
-            partition: self._consumer.committed(
-                place, metadata=True, timeout_ms=round(1000 * _SETTLE_SECONDS)
-            )
-            for partition, place in places.items()
-        }
+        committed = {partition: self._committed(place) for partition, place in places.items()}
+        ends = self._ends(list(places.values()))
         fresh = [places[partition] for partition, found in committed.items() if found is None]
         if settings.start == "earliest":
             starts = beginnings
@@ -191,6 +199,7 @@ class KafkaSource:
                 rewind,
                 states[partition],
                 beginnings[place],
+                ends[place],
             )
         return found
 
@@ -203,15 +212,21 @@ class KafkaSource:
         """The offset of the next message."""
         return int(self._consumer.position(TopicPartition(self._settings.topic, partition)))
 
+    def beginning(self, partition: int) -> int:
+        """The first offset that is still there, as the broker says now."""
+        place = TopicPartition(self._settings.topic, partition)
+        return int(self._consumer.beginning_offsets([place])[place])
+
+    def is_at_end(self, partition: int) -> bool:
+        """Whether all that can be read has been, as the broker says now."""
+        place = TopicPartition(self._settings.topic, partition)
+        return self.position(partition) >= int(self._consumer.end_offsets([place])[place])
+
     def lag(self, partition: int) -> int | None:
         """How many messages wait in the partition, as far as is known."""
         place = TopicPartition(self._settings.topic, partition)
         end = self._consumer.highwater(place)
         return None if end is None else max(0, end - self.position(partition))
-
-    def commit(self, offsets: Mapping[int, tuple[int, str]]) -> None:
-        """Commit (offset, text) of each partition, outside of a transaction. Raises KafkaError."""
-        self._consumer.commit(self.places(offsets), timeout_ms=round(1000 * REQUEST_SECONDS))
 
     def places(self, offsets: Mapping[int, tuple[int, str]]) -> dict[TopicPartition, OffsetAndMetadata]:
         """(offset, text) of each partition, as the client takes them."""
@@ -228,6 +243,23 @@ class KafkaSource:
         """Leave the group, so that the others need not wait."""
         self._consumer.close(autocommit=False, timeout_ms=round(1000 * CONNECT_SECONDS))
 
+    def _committed(self, place: TopicPartition) -> Any:
+        """Waits for the end of the transaction that holds the offset, if there is one."""
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while True:
+            self._wait()
+            try:
+                return self._consumer.committed(place, metadata=True, timeout_ms=1000)
+            except KafkaTimeoutError:
+                if time.monotonic() > deadline:
+                    raise
+
+    def _ends(self, places: list[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """The ends of partitions, with what is not settled yet."""
+        with closing(KafkaConsumer(**self._options, group_id=None, enable_auto_commit=False)) as plain:
+            found: Mapping[TopicPartition, int] = plain.end_offsets(places)
+        return found
+
     def _read_states(self, partitions: Iterable[int]) -> dict[int, dict[bytes, bytes]]:
         """The newest record of each key in the state's partitions, all that was committed by now."""
         topic = self._settings.state_topic
@@ -235,8 +267,7 @@ class KafkaSource:
         states: dict[int, dict[bytes, bytes]] = {place.partition: {} for place in places}
         if not places:
             return states
-        with closing(KafkaConsumer(**self._options, group_id=None, enable_auto_commit=False)) as plain:
-            ends = plain.end_offsets(places)  # also of what is not settled yet
+        ends = self._ends(places)
         with closing(
             KafkaConsumer(
                 **self._options,
@@ -254,6 +285,7 @@ class KafkaSource:
                 if time.monotonic() > deadline:
                     raise KafkaTimeoutError(f"{topic}: a transaction there does not end")
                 for place, batch in reader.poll(timeout_ms=200).items():
+                    deadline = time.monotonic() + _SETTLE_SECONDS
                     known = states[place.partition]
                     for record in batch:
                         if record.value is None:
@@ -262,14 +294,15 @@ class KafkaSource:
                             known[record.key] = record.value
         return states
 
-    def _prepare_topics(self) -> int:
+    def _prepare_topics(self, letters: str | None) -> int:
         """See that topics are there, and the state's has a partition for each of the messages'."""
         settings = self._settings
         known = KafkaAdminClient.DEFAULT_CONFIG
         with closing(KafkaAdminClient(**{k: v for k, v in self._options.items() if k in known})) as admin:
             there = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics()}
-            for name, what in ((settings.topic, "topic"), (settings.events, "events")):
-                if not there.get(name):
+            wanted = {"topic": settings.topic, "events": settings.events, "dead_letters.kafka_topic": letters}
+            for what, name in wanted.items():
+                if name is not None and not there.get(name):
                     raise ConfigError(
                         f"`{what}`: no topic {name!r} is at {settings.connection.bootstrap[0]}; make it: "
                         f"kafka-topics.sh --create --topic {name} --partitions N --bootstrap-server ..."
@@ -312,7 +345,14 @@ class _Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]
 
 
 def _create_state(admin: KafkaAdminClient, name: str, partitions: int) -> None:
-    configs = {"cleanup.policy": "compact", "max.message.bytes": str(MAX_RECORD_BYTES)}
+    configs = {
+        "cleanup.policy": "compact",
+        "max.message.bytes": str(MAX_RECORD_BYTES),
+        # Only segments that are closed are compacted, and all that is not has to be read by a successor.
+        "segment.bytes": str(4 * MAX_RECORD_BYTES),
+        "segment.ms": "600000",
+        "min.cleanable.dirty.ratio": "0.1",
+    }
     try:
         admin.create_topics(
             {name: {"num_partitions": partitions, "replication_factor": -1, "configs": configs}},

@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
 from kafka.errors import KafkaError
 
 from engine.errors import ConfigError, DataError, OnsetError, WireError
+from engine.manifest import Decoding
 from engine.session import Session
 from stream.config import ServiceConfig, overridden
 from stream.dead_letters import open_dead_letters
@@ -25,7 +26,7 @@ from stream.events import Event
 from stream.kafka_connection import explain
 from stream.kafka_delivery import open_delivery
 from stream.kafka_source import KafkaSource, KafkaSourceSettings
-from stream.partition import Partition, warm_chunks
+from stream.partition import Partition, maker_of, warm_chunks
 from stream.runtime import Runtime
 from stream.surroundings import Surroundings
 from stream.throttle import Throttle
@@ -94,8 +95,8 @@ class Worker:
         self._offsets: dict[int, tuple[int, str]] = {}  # as they were committed last
         self._homes: dict[str, int] = {}  # stream -> its partition
         self._committed_at = time.monotonic()
-        self._runtime = self._new_runtime()
-        self._source = KafkaSource(settings, self._wait)
+        self._runtime = self._new_runtime(session)
+        self._source = KafkaSource(settings, self._wait, config.dead_letters.kafka_topic)
         try:
             self._delivery = open_delivery(settings, self._source, self._counters, identity)
         except BaseException:
@@ -113,12 +114,12 @@ class Worker:
 
     def close(self) -> None:
         """Leave the group; what was not committed is forgotten."""
-        self._letters.close()
+        with suppress(KafkaError):
+            self._letters.close()
         self._delivery.close()
         with suppress(KafkaError):
             self._source.close()
-        for partition in self._partitions.values():
-            partition.leave()
+        self._runtime.forget(self._runtime.streams)
 
     def _round(self) -> None:
         self._around.beat()
@@ -132,11 +133,14 @@ class Worker:
         if polled.gained:
             self._take_up(polled.gained)
         for number, records in polled.records.items():
+            self._check_hole(number, records[0].offset)
             self._read(number, records)
         for number, partition in self._partitions.items():
-            partition.reach(self._source.position(number))
+            position = self._source.position(number)
+            self._check_hole(number, position)
+            partition.reach(position)
         self._runtime.drain()
-        self._look_at_clocks(idle=not polled.records)
+        self._look_at_clocks(busy=polled.records.keys())
         self._commit()
         replaying = [number for number, partition in self._partitions.items() if partition.is_replaying]
         if replaying:
@@ -144,13 +148,24 @@ class Worker:
         elif self._source.has_joined:
             self._around.health.set("source", True)
 
+    def _check_hole(self, number: int, offset: int) -> None:
+        """Raises DataError when messages before `offset` were deleted before they were read."""
+        expected = self._partitions[number].position
+        # Offsets have holes (the ends of transactions); but what was deleted is another matter.
+        if offset > expected and (beginning := self._source.beginning(number)) > expected:
+            raise DataError(
+                f"{self._kafka.topic}-{number}: messages {expected} to {beginning - 1} were deleted "
+                "before they were read; keep them longer (retention.ms)"
+            )
+
     def _read(self, number: int, records: Sequence[Any]) -> None:
         partition = self._partitions[number]
         limits = Limits.of(self.session.manifest.frame, self._kafka.max_message_bytes)
         for record in records:
-            message = None
+            message, timestamp = None, 0.0  # what cannot be read moves no clock either
             try:
                 message = decode(record.value or b"", limits)
+                timestamp = record.timestamp / 1000
                 home = self._homes.setdefault(message.stream, number)
                 if home != number:
                     raise WireError(
@@ -162,7 +177,7 @@ class Worker:
                 message = None
                 if not partition.is_replaying:
                     self._refuse(number, record, problem)
-            partition.take(record.offset, record.timestamp / 1000, message)
+            partition.take(record.offset, timestamp, message)
 
     def _refuse(self, number: int, record: Any, problem: WireError) -> None:
         self._counters.refused.labels(problem.reason).inc()
@@ -185,7 +200,7 @@ class Worker:
             self._delivery.tell(events)
             self._counters.observe_events(events, time.time())
 
-    def _look_at_clocks(self, idle: bool) -> None:
+    def _look_at_clocks(self, busy: Collection[int]) -> None:
         now = time.time()
         for number, partition in self._partitions.items():
             if partition.is_replaying:
@@ -193,7 +208,15 @@ class Worker:
             lag = self._source.lag(number)
             if lag is not None:
                 self._counters.lag_messages.labels(self._kafka.topic, str(number)).set(lag)
-            partition.tick(now if idle and lag == 0 else None)
+            partition.tick()
+            # The wall clock speaks only if nothing waits, and after a pause of this process much may.
+            if (
+                number not in busy
+                and lag == 0
+                and partition.is_silent(now)
+                and self._source.is_at_end(number)
+            ):
+                partition.tick(now)
 
     def _commit(self, at_once: bool = False) -> None:
         now = time.monotonic()
@@ -230,12 +253,13 @@ class Worker:
                 self._runtime,
                 f"{self._kafka.topic}-{number}",
                 self._tell,
-                manifest.id,
+                maker_of(manifest, self._decoding(self.session), self._config),
                 warm_chunks(manifest, self._config.max_gap),
                 found.committed,
                 found.rewind,
                 found.records,
                 found.beginning,
+                found.end,
             )
             self._partitions[number] = partition
             self._source.seek(number, partition.start)
@@ -252,25 +276,30 @@ class Worker:
         self._around.notifier.reloading()
         try:
             session = self._around.engine()
+            self._runtime.check_swap(session)
+            runtime = self._new_runtime(session)
         except OnsetError as problem:
-            log.error("the bundle stays as it was: %s", problem)
+            log.error("the bundle stays %s: %s", self.session.manifest.id, problem)
             self._around.notifier.ready()
             return
+        self._around.reload.request()  # not forgotten, should the commit fail
         self._commit(at_once=True)
+        self._around.reload.is_due()
         numbers = set(self._partitions)
         for partition in self._partitions.values():
             partition.leave()
         self._partitions.clear()
         log.info("bundle %s takes over from %s", session.manifest.id, self.session.manifest.id)
-        self.session = session
-        self._runtime = self._new_runtime()
+        self.session, self._runtime = session, runtime
         self._take_up(numbers)
         self._counters.bundle_swaps.inc()
         self._around.notifier.ready()
 
-    def _new_runtime(self) -> Runtime:
-        decoding = overridden(self.session.manifest.decoding, self._config.decoding, "decoding")
-        return Runtime(self.session, self._hear, self._config, self._counters, decoding)
+    def _new_runtime(self, session: Session) -> Runtime:
+        return Runtime(session, self._hear, self._config, self._counters, self._decoding(session))
+
+    def _decoding(self, session: Session) -> Decoding:
+        return overridden(session.manifest.decoding, self._config.decoding, "decoding")
 
     def _wait(self) -> None:
         """For a broker; raises Stopped when there is no need to."""

@@ -28,9 +28,24 @@ END_OF_STREAM = "end of stream"
 _SAVED = ("epoch", "floor", "reach", "seen", "chunks", "now", "captured")
 
 
-def blank(ring: Ring, epoch: int, seen: float) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a stream stands: what is to be known of it even if nothing else is left."""
+
+    is_open: bool
+    epoch: int
+    reach: int  # one past its newest sample
+    life: int = 0  # another number whenever it opens again
+    floor: int = 0  # samples before this one were in an earlier life
+    chunks: int = 0
+    actions: Sequence[OpenAction] = ()
+    now: float = 0.0
+    captured: float | None = None
+
+
+def blank(ring: Ring, epoch: int, floor: int, seen: float) -> dict[str, Any]:
     """What `LiveStream.save` returns of a stream that has just opened, with a new ring."""
-    values = {"epoch": epoch, "floor": 0, "reach": 0, "seen": seen, "chunks": 0, "now": 0.0, "captured": None}
+    values = dict.fromkeys(_SAVED, 0) | {"epoch": epoch, "floor": floor, "seen": seen, "captured": None}
     return values | {"ring": ring.save()}
 
 
@@ -68,11 +83,21 @@ class LiveStream:
         return self.pending is None and self.item is None
 
     @property
-    def open_actions(self) -> list[OpenAction]:
-        """What was announced and has not ended."""
-        if self.adopted is not None:
-            return list(self.adopted)
-        return [] if self.tracker is None else self.tracker.open_actions
+    def standing(self) -> Standing:
+        """What a successor has to know of it."""
+        actions: Sequence[OpenAction] = () if self.tracker is None else self.tracker.open_actions
+        actions = actions if self.adopted is None else self.adopted
+        return Standing(
+            True,
+            self.epoch,
+            self.reach,
+            self.number,
+            self.floor,
+            self.chunks,
+            actions,
+            self.now,
+            self.captured,
+        )
 
     def save(self) -> dict[str, Any]:
         """What `restore` needs, in plain values and bytes; without tracker and network."""
@@ -82,6 +107,8 @@ class LiveStream:
         """Become the stream that was saved, asleep. Raises ValueError, KeyError or TypeError on a misfit."""
         self.ring.restore(saved["ring"])
         for name in _SAVED:
+            if not isinstance(saved[name], (int, float, type(None))):
+                raise TypeError(f"`{name}` is no number")
             setattr(self, name, saved[name])
         self.asleep, self.is_aligned = True, False
 

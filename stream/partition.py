@@ -15,6 +15,8 @@ actions are aborted, and it begins anew. No I/O here.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 from collections import OrderedDict, deque
@@ -22,10 +24,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.manifest import Manifest
+from engine.manifest import Decoding, Manifest
 from stream.checkpoint import Committed, Life, Mark, key_of, packed, read_records
+from stream.config import RuntimeSettings
 from stream.events import Event
-from stream.runtime import Runtime, Standing
+from stream.live_stream import Standing
+from stream.runtime import MISFITS, Runtime
 from stream.tracker import TIME_DIGITS, OpenAction
 from stream.wire import Message
 
@@ -33,6 +37,7 @@ log = logging.getLogger(__name__)
 
 LOST = "the service lost its state"
 NO_PLACE = "max_streams"
+_MAKER_MARK = "#"  # in no bundle's id
 # Ended streams that are remembered in the topic; see stream.runtime.
 _REMEMBERED = 1024
 
@@ -72,21 +77,31 @@ class Partition:
         runtime: Runtime,
         name: str,
         tell: Callable[[Sequence[Event]], None],
-        bundle: str,
+        maker: str,
         warm: int,
         committed: int,
         rewind: Committed | None = None,
         records: Mapping[bytes, bytes] | None = None,
         beginning: int = 0,
+        end: int | None = None,
     ) -> None:
         """Take up a partition from offset `committed` on; `tell` takes the events of what is lost.
 
-        `warm`: chunks after which the network has forgotten what came before (`warm_chunks`); `rewind` and
-        `records`: what stood beside the committed offset, and in the compacted topic; `beginning`: the first
-        offset that is still there.
+        `maker`: what decides here (`maker_of`); `warm`: chunks after which the network has forgotten what
+        came before (`warm_chunks`); `rewind` and `records`: what stood beside the committed offset, and in
+        the compacted topic; `beginning`, `end`: the offsets that are there, as far as is known.
         """
-        self._runtime, self._name, self._bundle, self._warm = runtime, name, bundle, warm
+        self._runtime, self._name, self._maker, self._warm = runtime, name, maker, warm
         self._tell = tell
+        if end is not None and committed > end:
+            log.error(
+                "%s: %d messages had been read, there are %d: the topic is another one, and is read from its "
+                "beginning; no stream goes on",
+                name,
+                committed,
+                end,
+            )
+            committed, rewind = beginning, None
         self.committed = committed
         self._known: dict[str, _Known] = {}
         self._skip: dict[str, int] = {}  # stream -> its messages before this offset belong to an earlier life
@@ -94,6 +109,7 @@ class Partition:
         self._ended: OrderedDict[str, int] = OrderedDict()
         self._plan: list[tuple[int, Callable[[], None]]] = []
         self._spoken: set[str] = set()  # streams of which events came since the last checkpoint
+        self._obituaries: list[Event] = []  # what is told once nothing is read again
         lives, marks, complaints = read_records(records or {})
         for complaint in complaints:
             log.error("%s: a record of the state cannot be used: %s", name, complaint)
@@ -108,7 +124,9 @@ class Partition:
                 beginning - 1,
             )
         self.position = max(self.start, beginning)
-        self._take_up(lives, marks, self.position if rewind is not None else committed)
+        self.is_replaying = True
+        """what is read now was read before"""
+        self._take_up(lives, marks, self.position, is_continued=rewind is not None)
         if self.start < beginning:
             log.error(
                 "%s: to go on where a worker stopped takes the messages from %d on, the first that is still "
@@ -119,8 +137,6 @@ class Partition:
                 beginning,
             )
         self.start = self.position
-        self.is_replaying = True
-        """what is read now was read before"""
         self._plan.sort(key=lambda item: item[0])
         self.reach(self.start)
 
@@ -137,23 +153,43 @@ class Partition:
 
     def leave(self) -> None:
         """Somebody else goes on: the runtime forgets all streams of this partition."""
-        self._runtime.forget([*self._known, *self._ended])
+        mine = [name for name, known in self._known.items() if self._runtime.life(name) == known.life]
+        self._runtime.forget(mine)
+        self._runtime.forget_ended(self._ended)
 
     def take(self, offset: int, timestamp: float, message: Message | None) -> None:
         """The message at `offset`, put there at `timestamp` (seconds); None: it could not be read."""
         self.reach(offset)
         self._clock = max(self._clock, timestamp)
-        if message is not None and offset >= self._skip.get(message.stream, 0):
-            name = message.stream
-            self._runtime.offer(message, at=self._clock)
-            life = self._runtime.life(name)
-            known = self._known.get(name)
-            if life is not None and (known is None or known.life != life):
-                marked = known is not None and known.is_marked
-                self._known[name] = _Known(
-                    life, offset, self._clock, offset, self._clock, deque(), is_marked=marked
-                )
+        if message is not None and self._is_wanted(offset, message.stream):
+            self._offer(offset, message)
         self.position = offset + 1
+
+    def _is_wanted(self, offset: int, stream: str) -> bool:
+        # What is read again matters to the streams that are brought back, and to no other: one that was
+        # refused when it was read first would speak from nowhere, if it found a place now.
+        return offset >= self._skip.get(stream, 0) and (not self.is_replaying or stream in self._awaited)
+
+    def _offer(self, offset: int, message: Message) -> None:
+        name = message.stream
+        self._runtime.offer(message, at=self._clock)
+        standing = self._runtime.standing(name)
+        if standing is None or not standing.is_open:
+            if self.is_replaying:  # refused; and so it stays, should there be a place later
+                self._skip[name] = self.committed
+            return
+        known = self._known.get(name)
+        if known is None or known.life != standing.life:
+            saved = self._runtime.blank(standing.epoch, standing.floor, self._clock)
+            self._known[name] = _Known(
+                standing.life,
+                offset,
+                self._clock,
+                offset,
+                self._clock,
+                deque([_Base(offset, self._clock, 0, saved)]),
+                is_marked=known is not None and known.is_marked,
+            )
 
     def reach(self, offset: int) -> None:
         """Everything before `offset` was read: do what was planned up to there."""
@@ -165,9 +201,16 @@ class Partition:
             self._runtime.drain()
             self.is_replaying = False
             for name, life in list(self._awaited.items()):
-                if self._skip[name] < self.committed and self._runtime.life(name) is None:
+                known = self._known.get(name)
+                if known is None or self._runtime.life(name) != known.life:
                     self._lose(name, life, NO_PLACE, is_marked=True)
             self._awaited.clear()
+            obituaries, self._obituaries = self._obituaries, []
+            self._tell(obituaries)
+
+    def is_silent(self, now: float) -> bool:
+        """Whether `tick` at this wall time has something to do."""
+        return self._runtime.is_silent(max(now, self._clock), self.streams)
 
     def tick(self, now: float | None = None) -> None:
         """Lose the streams that fell silent; `now`: the wall clock, where all that is there has been read."""
@@ -200,7 +243,9 @@ class Partition:
         self._spoken.clear()
         first = min(self._known.values(), key=lambda known: known.offset, default=None)
         rewind = (
-            Committed(self.position, self._clock) if first is None else Committed(first.offset, first.clock)
+            Committed(rewind=self.position, clock=self._clock)
+            if first is None
+            else Committed(rewind=first.offset, clock=first.clock)
         )
         while len(self._ended) > _REMEMBERED and next(iter(self._ended.values())) <= rewind.rewind:
             records.append((key_of(Life, self._ended.popitem(last=False)[0]), None))
@@ -208,15 +253,16 @@ class Partition:
 
     def _life(self, standing: Standing, known: _Known) -> Life:
         return Life(
-            True,
-            standing.epoch,
-            standing.reach,
-            known.opened,
-            known.opened_clock,
-            self._bundle,
-            tuple(standing.actions),
-            standing.now,
-            standing.captured,
+            is_open=True,
+            epoch=standing.epoch,
+            reach=standing.reach,
+            floor=standing.floor,
+            offset=known.opened,
+            clock=known.opened_clock,
+            maker=self._maker,
+            actions=tuple(standing.actions),
+            now=standing.now,
+            captured=standing.captured,
         )
 
     def _end(self, name: str, standing: Standing | None, known: _Known) -> list[tuple[bytes, bytes | None]]:
@@ -224,7 +270,14 @@ class Partition:
         if standing is None:
             records.append((key_of(Life, name), None))
         else:
-            life = Life(False, standing.epoch, standing.reach, self.position, self._clock, self._bundle)
+            life = Life(
+                is_open=False,
+                epoch=standing.epoch,
+                reach=standing.reach,
+                offset=self.position,
+                clock=self._clock,
+                maker=self._maker,
+            )
             records.append((key_of(Life, name), packed(life)))
             self._ended[name] = self.position
             self._ended.move_to_end(name)
@@ -242,43 +295,68 @@ class Partition:
         known.bases.popleft()
         known.offset, known.clock, known.is_marked = oldest.offset, oldest.clock, True
         tracker = self._runtime.save_tracker(name)
-        mark = Mark(oldest.offset, oldest.clock, oldest.saved, self.position, tracker, self._bundle)
+        mark = Mark(
+            offset=oldest.offset,
+            clock=oldest.clock,
+            saved=dict(oldest.saved),
+            woken=self.position,
+            tracker=tracker,
+            maker=self._maker,
+        )
         return [(key_of(Mark, name), packed(mark))]
 
     # What another left
 
-    def _take_up(self, lives: Mapping[str, Life], marks: Mapping[str, Mark], first: int) -> None:
+    def _take_up(
+        self, lives: Mapping[str, Life], marks: Mapping[str, Mark], first: int, is_continued: bool
+    ) -> None:
         """Plan how each stream comes to where it stood; messages before `first` are not there."""
         for name, life in lives.items():
-            if not life.is_open:
+            mark = marks.get(name)
+            if not is_continued or life.offset > self.committed:  # it tells of another log
+                if life.is_open:
+                    self._lose(name, life, LOST, is_marked=mark is not None)
+            elif not life.is_open:
                 self._runtime.remember_ended(name, life.epoch, life.reach)
                 self._ended[name] = self._skip[name] = life.offset
-                continue
-            mark = marks.get(name)
-            if mark is not None and mark.offset >= first:
+            elif mark is not None and first <= mark.offset <= mark.woken <= self.committed:
                 self._take_up_marked(name, life, mark)
             elif mark is None and life.offset >= first:  # it is young: all of it is read again
-                if life.bundle == self._bundle:
-                    self._skip[name], self._awaited[name] = life.offset, life
-                else:
-                    self._take_up_marked(name, life, self._mark_of_young(life))
+                self._take_up_young(name, life)
             else:
                 self._lose(name, life, LOST, is_marked=mark is not None)
 
-    def _mark_of_young(self, life: Life) -> Mark:
-        """Another bundle began it, and has announced things: it sleeps from its first message on."""
-        saved = self._runtime.blank(life.epoch, life.clock)
-        return Mark(life.offset, life.clock, saved, self.committed, None, life.bundle)
+    def _take_up_young(self, name: str, life: Life) -> None:
+        if life.maker == self._maker:
+            self._skip[name], self._awaited[name] = life.offset, life
+            if life.floor:
+                self._runtime.remember_ended(name, life.epoch, life.floor)
+            return
+        # Another maker began it, and has announced things: it sleeps from its first message on.
+        self._take_up_marked(
+            name,
+            life,
+            Mark(
+                offset=life.offset,
+                clock=life.clock,
+                saved=self._runtime.blank(life.epoch, life.floor, life.clock),
+                woken=self.committed,
+                tracker=None,
+                maker=life.maker,
+            ),
+        )
 
     def _take_up_marked(self, name: str, life: Life, mark: Mark) -> None:
+        is_ours = mark.maker == self._maker
         self._skip[name] = mark.offset
         self._awaited[name] = life
 
         def restore() -> None:
             try:
                 if not self._runtime.restore(name, mark.saved):
-                    return  # it is missed at the end
-            except (ValueError, KeyError, TypeError) as problem:
+                    self._skip[name] = self.committed  # it is missed at the end
+                    return
+            except MISFITS as problem:
                 log.error("%s: the state of %r cannot be used (%s)", self._name, name, problem)
                 self._lose(name, life, LOST, is_marked=True)
                 return
@@ -287,28 +365,32 @@ class Partition:
             known = _Known(number, mark.offset, mark.clock, life.offset, life.clock, deque())
             known.is_marked = known.is_written = True
             known.is_awake = False
-            if mark.bundle != self._bundle:
-                # Until there is a mark of this bundle, a successor has to do the same.
+            if not is_ours:
+                # Until there is a mark of this maker, a successor has to do the same.
                 known.unwritten = mark
             self._known[name] = known
-            wake_at = mark.woken if mark.bundle == self._bundle else self.committed
-            self._plan.append((wake_at, wake))
+            self._plan.append((mark.woken if is_ours else self.committed, wake))
             self._plan.sort(key=lambda item: item[0])
 
         def wake() -> None:
             known = self._known[name]
-            known.is_awake = True
             if self._runtime.life(name) != known.life:
                 return  # it is missed at the end
-            if mark.bundle == self._bundle:
+            known.is_awake = True
+            if is_ours:
                 try:
                     self._runtime.wake(name, mark.tracker)
-                except (ValueError, KeyError, TypeError) as problem:
+                except MISFITS as problem:
                     log.error("%s: the state of %r cannot be used (%s)", self._name, name, problem)
                     self._runtime.wake(name, None, life.actions)
             else:
-                log.info("%s: bundle %s takes over %r from %s", self._name, self._bundle, name, mark.bundle)
+                log.info("%s: %r goes on under %s, after %s", self._name, name, self._maker, mark.maker)
                 self._runtime.wake(name, None, life.actions)
+            standing = self._runtime.standing(name)
+            assert standing is not None
+            # A worker that lives but for a short time has to come nearer to its next mark, too.
+            known.based = standing.chunks
+            known.bases.append(_Base(self.position, self._clock, standing.chunks, self._runtime.save(name)))
 
         self._plan.append((mark.offset, restore))
 
@@ -321,7 +403,7 @@ class Partition:
                 type=kind,
                 stream=name,
                 epoch=life.epoch,
-                bundle=life.bundle,
+                bundle=life.maker.split(_MAKER_MARK)[0],
                 time=round(life.now, TIME_DIGITS),
                 captured=None if life.captured is None else round(life.captured, TIME_DIGITS),
                 instance_id=action and action.id,
@@ -330,14 +412,21 @@ class Partition:
                 reason=reason,
             )
 
-        self._tell(
-            [*(event("action.aborted", action) for action in life.actions), event("stream.ended", None)]
-        )
+        # Not before all is read again: what is told has to be committed with how far the log was read.
+        self._obituaries += [event("action.aborted", action) for action in life.actions]
+        self._obituaries.append(event("stream.ended", None))
         self._awaited.pop(name, None)
         self._skip[name] = self.committed
         self._runtime.remember_ended(name, life.epoch, life.reach)
         # Known, but not open: the next checkpoint writes its end.
         self._known[name] = _Known(-1, self.committed, self._clock, 0, 0.0, deque(), is_marked=is_marked)
+
+
+def maker_of(manifest: Manifest, decoding: Decoding, settings: RuntimeSettings) -> str:
+    """What decides on a stream's events: the bundle's id, and a hash of all that else matters."""
+    kept = {name: getattr(settings, name) for name in ("idle_timeout", "reorder", "max_gap")}
+    text = json.dumps([manifest.model_dump(mode="json"), decoding.model_dump(mode="json"), kept])
+    return manifest.id + _MAKER_MARK + hashlib.blake2b(text.encode("utf-8"), digest_size=6).hexdigest()
 
 
 def warm_chunks(manifest: Manifest, max_gap: float) -> int:

@@ -218,6 +218,8 @@ class Ring:
         if len(present) > self.capacity or len(samples) != np.count_nonzero(present) * channels:
             raise ValueError(f"a ring of other channels or capacity than {channels} and {self.capacity}")
         for name in _SAVED:
+            if not isinstance(saved[name], (int, type(None))):
+                raise TypeError(f"`{name}` is no whole number")
             setattr(self, f"_{name}", saved[name])
         self._anchors = [(int(seq), float(time)) for seq, time in saved["anchors"]]
         slots = self._slots(self._next, self._next + len(present))

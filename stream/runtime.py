@@ -19,7 +19,6 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from engine.session import Session
 from stream.config import RuntimeSettings
 from stream.counters import Counters
 from stream.events import Event
-from stream.live_stream import LiveStream, blank
+from stream.live_stream import LiveStream, Standing, blank
 from stream.ring import Chunk, End, Gap, Ring
 from stream.segments import Segments
 from stream.throttle import Throttle
@@ -45,24 +44,13 @@ IDLE = "idle"
 STOPPED = "service stopped"
 NOT_FINITE = "outputs are not finite"
 
+# What comes of a saved stream that is none, or another bundle's.
+MISFITS = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError)
+
 EventSink = Callable[[Sequence[Event]], None]
 
 # Streams that ended are remembered, so that a late message does not open them again; the oldest are dropped.
 _REMEMBERED_PER_STREAM = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """Where a stream stands: what is to be known of it even if nothing else is left."""
-
-    is_open: bool
-    epoch: int
-    reach: int  # one past its newest sample
-    life: int = 0  # another number whenever it opens again
-    chunks: int = 0
-    actions: Sequence[OpenAction] = ()
-    now: float = 0.0
-    captured: float | None = None
 
 
 class Runtime:
@@ -180,14 +168,24 @@ class Runtime:
             if stream is not None and stream.is_settled:  # else the engine is behind, not the producer
                 self._look_at(stream, now)
 
+    def is_silent(self, now: float, streams: Iterable[str]) -> bool:
+        """Whether `tick` has something to do with any of these."""
+        found = (self._streams.get(name) for name in streams)
+        return any(stream is not None and now - stream.seen > self._patience(stream) for stream in found)
+
+    def _patience(self, stream: LiveStream) -> float:
+        return self._settings.reorder if stream.ring.finishing else self._settings.idle_timeout
+
     def _look_at(self, stream: LiveStream, now: float) -> None:
         quiet = now - stream.seen
-        if stream.ring.finishing and quiet > self._settings.reorder:
+        if quiet <= self._patience(stream):
+            return
+        if stream.ring.finishing:
             stream.closing = True
             while self._streams.get(stream.id) is stream:
                 self._fill(stream)
                 self._round([stream])
-        elif quiet > self._settings.idle_timeout:
+        else:
             self.counters.streams_evicted.inc()
             self._throttle.warning("stream lost", f"{stream.id!r} sent nothing for {quiet:.1f} s")
             self._run_out(stream, IDLE, orderly=False)
@@ -200,20 +198,10 @@ class Runtime:
 
     def standing(self, stream: str) -> Standing | None:
         """What a successor has to know of a stream; None: nothing is known of it."""
-        found = self._streams.get(stream)
-        if found is None:
-            ended = self._ended.get(stream)
-            return None if ended is None else Standing(False, *ended)
-        return Standing(
-            True,
-            found.epoch,
-            found.reach,
-            found.number,
-            found.chunks,
-            found.open_actions,
-            found.now,
-            found.captured,
-        )
+        found, ended = self._streams.get(stream), self._ended.get(stream)
+        if found is not None:
+            return found.standing
+        return None if ended is None else Standing(False, *ended)
 
     def save(self, stream: str) -> dict[str, Any]:
         """What `restore` takes; all that was offered must have been digested (`drain`)."""
@@ -224,22 +212,24 @@ class Runtime:
         tracker = self._streams[stream].tracker
         return None if tracker is None else tracker.save()
 
-    def blank(self, epoch: int, seen: float) -> dict[str, Any]:
+    def blank(self, epoch: int, floor: int, seen: float) -> dict[str, Any]:
         """What `save` returns of a stream that has just opened, and `restore` takes."""
-        return blank(self._new_ring(), epoch, seen)
+        return blank(self._new_ring(), epoch, floor, seen)
 
     def restore(self, stream: str, saved: Mapping[str, Any]) -> bool:
         """Put a saved stream in place, asleep: no event comes of it until `wake`. False: it found no place.
 
         Raises ValueError, KeyError or TypeError when what was saved does not fit this bundle.
         """
+        if stream in self._streams:
+            return False
         if len(self._streams) >= self._settings.max_streams:
             self._refuse(stream)
             return False
         found = self._admit(stream, saved["epoch"], saved["seen"], saved["floor"])
         try:
             found.restore(saved)
-        except (ValueError, KeyError, TypeError):
+        except MISFITS:
             self.forget([stream])
             raise
         return True
@@ -257,12 +247,16 @@ class Runtime:
     def forget(self, streams: Iterable[str]) -> None:
         """Know nothing of these streams any more, without an event: somebody else goes on with them."""
         for name in streams:
-            self._ended.pop(name, None)
             found = self._streams.pop(name, None)
             if found is not None:
                 self._ready.pop(name, None)
                 self._session.close(found.slot)
         self.counters.open_streams.set(len(self._streams))
+
+    def forget_ended(self, streams: Iterable[str]) -> None:
+        """The same of streams that have ended."""
+        for name in streams:
+            self._ended.pop(name, None)
 
     def remember_ended(self, stream: str, epoch: int, reach: int) -> None:
         """A stream ended there: what comes late of it does not open it again."""
@@ -277,6 +271,19 @@ class Runtime:
         The new states are warmed with the newest samples, as far back as the rings reach. Raises BundleError
         when it was made for other streams, and what the constructor raises; then all is as it was.
         """
+        self.check_swap(session)
+        self.drain()
+        previous = self._session
+        self._take(session, decoding)
+        for stream in self._streams.values():
+            previous.close(stream.slot)
+            stream.slot = session.open()
+            for samples, mask in stream.hand_over(self._new_ring(), session.manifest):
+                session.step([stream.slot], samples[None], mask[None])
+        self.counters.bundle_swaps.inc()
+
+    def check_swap(self, session: Session) -> None:
+        """Raises BundleError when the streams that are open are not those that its bundle was made for."""
         old, new = self._manifest, session.manifest
         fits = (new.frame.sample_rate, new.frame.channels) == (old.frame.sample_rate, old.frame.channels)
         if not fits or old.chunk_samples > 2 * new.chunk_samples:
@@ -285,15 +292,6 @@ class Runtime:
                 f"{new.frame.sample_rate:g} Hz; the open streams come in {old.chunk_samples} of "
                 f"{old.frame.channels} at {old.frame.sample_rate:g} Hz: start another service for it"
             )
-        self.drain()
-        previous = self._session
-        self._take(session, decoding)
-        for stream in self._streams.values():
-            previous.close(stream.slot)
-            stream.slot = session.open()
-            for samples, mask in stream.hand_over(self._new_ring(), new):
-                session.step([stream.slot], samples[None], mask[None])
-        self.counters.bundle_swaps.inc()
 
     def _take(self, session: Session, decoding: Decoding | None) -> None:
         """Make `session` the one that is used."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -112,14 +112,14 @@ class Writers:
             writer.close()
 
 
-def open_sinks(sinks: Sequence[Sink], counters: Counters) -> Writers:
-    """The writers of a service's configuration. Raises ConfigError."""
-    return Writers(_open_sink(sink, counters) for sink in sinks)
+def open_sinks(sinks: Sequence[Sink], counters: Counters, patience: Callable[[], bool]) -> Writers:
+    """The writers of a service's configuration; `patience`: see `KafkaSink`. Raises ConfigError."""
+    return Writers(_open_sink(sink, counters, patience) for sink in sinks)
 
 
-def _open_sink(sink: Sink, counters: Counters) -> EventWriter:
+def _open_sink(sink: Sink, counters: Counters, patience: Callable[[], bool]) -> EventWriter:
     if sink.kafka is not None:
-        return KafkaSink(sink.kafka, counters)
+        return KafkaSink(sink.kafka, counters, patience)
     return standard_output() if sink.file is None else AppendingFile(sink.file)
 
 

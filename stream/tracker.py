@@ -252,6 +252,9 @@ class Tracker:
         ):
             tracker._border[label] = border
             tracker._emitted[label].restore(emitted)
+        labels = {*tracker._open, *tracker._starts, *tracker._ends, *tracker._endless}
+        if not labels <= set(range(len(manifest.classes))):
+            raise ValueError("a class that is none of the bundle's")
         tracker._history.restore(saved["history"])
         tracker._course.restore(saved["course"])
         return tracker

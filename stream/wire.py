@@ -21,6 +21,7 @@ then refused as a whole: its samples are missing, as if it had never been sent. 
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,7 +40,7 @@ RATE_TOLERANCE = 1e-3
 REASONS = (
     "too_large",  # more bytes than the limit, told before anything is parsed
     "multipart",  # a ZeroMQ message of several parts
-    "not_msgpack",  # not one msgpack value, or one with something behind it, or nested too deeply
+    "not_msgpack",  # not one msgpack value, or with something behind it, nested too deeply, or a map in a map
     "not_a_map",
     "unknown_version",
     "missing_field",
@@ -65,9 +66,14 @@ _DTYPES: dict[str, tuple[DtypeName, np.dtype[Any]]] = {
 }
 _REQUIRED = ("v", "stream", "seq", "rate", "dtype", "shape", "data")
 _KNOWN = frozenset((*_REQUIRED, "epoch", "time", "scale", "end"))
+_MAX_FIELDS = 64
+_MAP_HEADS = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))  # bytes with which msgpack begins a map
 _MAX_UINT64 = 2**64 - 1
 _MAX_SEQ = 2**48  # 178,000 years at 50 Hz; times in float64 seconds stay exact to a sample
 _MAX_TIME = 1e11  # the year 5138: what lies beyond is not seconds
+# msgpack nests up to 1024 deep, which is more than `repr` can walk on Python's stack.
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,24 +148,36 @@ def decode(data: bytes | memoryview, limits: Limits) -> Message:
 
 
 def _unpack(data: bytes | memoryview, limits: Limits) -> dict[str, Any]:
+    # Field by field, for msgpack interns the keys of the maps that it makes, and Python 3.12 keeps what is
+    # interned for good. So no field may be a map.
+    unpacker = msgpack.Unpacker(
+        raw=False,
+        max_buffer_size=limits.max_bytes,
+        read_size=1,
+        max_str_len=1024,
+        max_bin_len=limits.max_bytes,
+        max_array_len=64,
+        max_map_len=0,
+        max_ext_len=0,
+    )
     try:
-        fields = msgpack.unpackb(
-            data,
-            raw=False,
-            strict_map_key=True,
-            max_str_len=1024,
-            max_bin_len=limits.max_bytes,
-            max_array_len=64,
-            max_map_len=64,
-            max_ext_len=0,
-        )
+        unpacker.feed(data)
+        if data and data[0] not in _MAP_HEADS:
+            found = type(unpacker.unpack()).__name__
+            raise WireError("not_a_map", f"found {found}, expected a map of fields")
+        size = unpacker.read_map_header()
+        if size > _MAX_FIELDS:
+            raise WireError("unknown_field", f"found {size} fields, expected {_MAX_FIELDS} at most")
+        fields = {unpacker.unpack(): unpacker.unpack() for _ in range(size)}
+        if not all(isinstance(key, str) for key in fields):
+            raise ValueError("a key is no text")
+        if unpacker.tell() < len(data):
+            raise ValueError("something behind the map")
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as problem:
         # msgpack's own words hold no more than a type and an offset, but they may hold the input as well
         raise WireError(
             "not_msgpack", f"expected one msgpack map, found {type(problem).__name__}: {str(problem)[:80]}"
         ) from None
-    if not isinstance(fields, dict):
-        raise WireError("not_a_map", f"found {type(fields).__name__}, expected a map of fields")
     version = fields.get("v")
     if isinstance(version, bool) or version != VERSION:
         raise WireError("unknown_version", f"found version {_shown(version)}, this Onset reads {VERSION}")
@@ -275,5 +293,5 @@ def _shown(value: object) -> str:
     """What was found, cut short: it comes from outside and ends in a log."""
     if isinstance(value, (bytes, list, dict, str)) and len(value) > 40:
         return f"{type(value).__name__} of length {len(value)}"
-    shown = repr(value)
+    shown = _REPR.repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -36,6 +36,8 @@ _POLL_SECONDS = 0.1
 # (Unbinding first would be no help: ZeroMQ then hangs up on those who are connected, unread bytes and all.)
 _DRAIN_PAUSE_SECONDS = 0.05
 _DRAIN_SECONDS = 5.0
+# What a stop waits for a broker whose spool is full; systemd's patience (TimeoutStopSec) is longer.
+_LAST_SECONDS = 10.0
 
 
 def work(config: ServiceConfig, settings: ZmqSettings, around: Surroundings) -> None:
@@ -52,9 +54,10 @@ class Worker:
     def __init__(self, config: ServiceConfig, settings: ZmqSettings, around: Surroundings) -> None:
         """Raises BundleError, ConfigError."""
         self._config, self._around, self._counters = config, around, around.counters
+        self._stopping_since = 0.0
         session = around.engine()
         around.health.set("engine", True)
-        self._sinks = open_sinks(config.sinks, around.counters)
+        self._sinks = open_sinks(config.sinks, around.counters, self._has_patience)
         self._letters = open_dead_letters(config.dead_letters, around.counters)
         decoding = overridden(session.manifest.decoding, config.decoding, "decoding")
         self._runtime = Runtime(session, self._hear, config, around.counters, decoding)
@@ -147,6 +150,14 @@ class Worker:
     def _hear(self, events: Sequence[Event]) -> None:
         self._sinks.write(events)
         self._counters.observe_events(events, time.time())
+
+    def _has_patience(self) -> bool:
+        """Whether a full spool may make this wait for its broker: not for ever, once it is to stop."""
+        self._around.beat()
+        if not self._around.stop.is_set():
+            return True
+        self._stopping_since = self._stopping_since or time.monotonic()
+        return time.monotonic() - self._stopping_since < _LAST_SECONDS
 
     def _swap(self) -> None:
         """Go on with the bundle as it is now; with the old one, where the new cannot be used."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.kafka.broker import Cluster
 from tests.trainer.synthetic import official_checkpoint, sibling, write_feature_set
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,18 +22,19 @@ def blocks(kind: str) -> list[str]:
 
 
 def shell(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a block with bash, job control on; `onset` is this checkout's."""
-    command = folder / "bin" / "onset"
-    command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m onset "$@"\n')
-    command.chmod(0o755)
-    path = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
+    """Run a block with bash, job control on; `onset` and `python` are this checkout's."""
+    commands = folder / "bin"
+    commands.mkdir()
+    for name, words in (("onset", "-m onset "), ("python", "")):
+        (commands / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words}"$@"\n')
+        (commands / name).chmod(0o755)
+    path = f"{commands}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "COLUMNS": "200"}
     for name in ("deploy", "configs"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
     return subprocess.run(
-        ["bash", "-c", "set -em\n" + script],
+        ["bash", "-c", "set -em\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n" + script],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -58,6 +60,31 @@ def test_the_live_service(tmp_path: Path) -> None:
     lines = (tmp_path / "live.jsonl").read_text().splitlines()
     assert sum('"action.ended"' in line for line in lines) > 10
     assert lines == [line for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_kafka(kafka: Cluster, tmp_path: Path) -> None:
+    """The commands as they are, but for the broker's port and for the consumer's Ctrl-C."""
+    (script,) = blocks("sh-kafka")
+    (tmp_path / "configs").mkdir()
+    config = (ROOT / "configs" / "service-kafka.yaml").read_text()
+    assert "127.0.0.1:9092" in script
+    assert "127.0.0.1:9092" in config
+    script, config = (text.replace("127.0.0.1:9092", kafka.bootstrap[0]) for text in (script, config))
+    (tmp_path / "configs" / "service-kafka.yaml").write_text(config)
+    for topic in ("frames", "events"):
+        kafka.create_topic(topic, 2)
+    *most, consumer = script.strip().splitlines()
+    until = "timeout 120 sh -c 'until grep -q onset.stream.ended printed; do sleep 0.2; done'"
+    ending = [f"{consumer.partition('#')[0]} > printed &", until, "kill -INT %2; kill -TERM %1; wait %1"]
+    done = shell("\n".join([*most, *ending]), tmp_path)
+    assert done.returncode == 0, done.stderr
+    printed = (tmp_path / "printed").read_text()
+    assert printed.count("onset.action.ended hapt_u10_e19") > 10
+
+
+def test_the_readme_shows_the_sample_consumer() -> None:
+    (shown,) = blocks("python consumer")
+    assert (ROOT / "deploy" / "consumer.py").read_text().endswith(shown)
 
 
 def test_ones_own_data_in_five_commands(tmp_path: Path) -> None:
@@ -102,10 +129,9 @@ def test_from_actionformer(tmp_path: Path) -> None:
 
 
 def test_the_links_lead_somewhere() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("https://")]
-    assert links
-    for link in links:
-        assert (ROOT / link).exists(), link
+    for page in (ROOT / "README.md", ROOT / "stream" / "WIRE.md", ROOT / "stream" / "KAFKA.md"):
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
 def test_make_has_the_targets_of_the_readme() -> None:

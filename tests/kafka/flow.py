@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 
 from engine import OnnxSession
 from stream.config import RuntimeSettings
@@ -235,3 +235,9 @@ def await_line(log: Path, text: str, seconds: float = 60.0) -> None:
             f"{text!r} is not in the log: {log.read_text(errors='replace')[-4000:]}"
         )
         time.sleep(0.05)
+
+
+def delete_messages(cluster: Cluster, topic: str, before: int) -> None:
+    """What retention does: the messages of partition 0 before an offset are gone."""
+    with closing(KafkaAdminClient(**cluster.client_settings())) as admin:
+        admin.delete_records({TopicPartition(topic, 0): before})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import subprocess
 import sys
@@ -77,6 +78,7 @@ def test_a_client_with_the_password_and_the_authority_comes_in(guarded: Cluster)
 
 # The client takes both refusals for a passing trouble and tries again: why it failed is in its log alone.
 def test_a_wrong_password_is_refused(guarded: Cluster, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR, "kafka")
     settings = guarded.client_settings() | {"sasl_plain_password": "guess"}
     with pytest.raises(KafkaTimeoutError):
         KafkaAdminClient(**settings, bootstrap_timeout_ms=2000)
@@ -86,6 +88,7 @@ def test_a_wrong_password_is_refused(guarded: Cluster, caplog: pytest.LogCapture
 def test_a_broker_of_another_authority_is_refused(
     guarded: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.ERROR, "kafka")
     other, _ = write_certificates(tmp_path)
     settings = guarded.client_settings() | {"ssl_cafile": str(other)}
     with pytest.raises(KafkaTimeoutError):

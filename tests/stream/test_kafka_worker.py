@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from stream.partition import LOST
 from stream.wire import encode
 from tests.kafka.broker import Cluster
 from tests.kafka.flow import (
@@ -18,6 +22,7 @@ from tests.kafka.flow import (
     await_committed,
     await_ends,
     await_line,
+    delete_messages,
     expected_events,
     messages_of,
     read_letters,
@@ -114,10 +119,17 @@ def test_what_is_wrong_with_the_topics_is_said_at_the_start(
         ({"topic": "no-such-topic"}, "`topic`: no topic 'no-such-topic' is at"),
         ({"events": "no-such-topic"}, "kafka-topics.sh --create --topic no-such-topic"),
         ({"state": state}, "make it compact"),
+        ({"letters": "no-such-topic"}, "`dead_letters.kafka_topic`: no topic"),
     ):
         log = tmp_path / f"log-{len(why)}"
+        letters = changes.pop("letters", None)
         config = worker_config(
-            tmp_path, tiny_bundle, kafka, {"frames": frames, "events": events}, kafka=changes
+            tmp_path,
+            tiny_bundle,
+            kafka,
+            {"frames": frames, "events": events},
+            kafka=changes,
+            dead_letters={"kafka_topic": letters},
         )
         worker = WorkerProcess(config, log)
         assert worker.process.wait(60) == 2
@@ -226,3 +238,128 @@ def test_a_worker_swaps_its_bundle_without_losing_a_message(
         started = [e["instance_id"] for e in read if e["type"] == "action.started"]
         over = [e["instance_id"] for e in read if e["type"] in ("action.ended", "action.aborted")]
         assert sorted(started) == sorted(over)
+
+
+def test_messages_that_were_deleted_cost_their_streams_a_loud_new_beginning(
+    kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    topics = {"frames": topic(), "events": topic()}
+    messages = messages_of(2, 3000)
+    config = worker_config(tmp_path, tiny_bundle, kafka, topics)
+    feed = Feed(kafka, topics["frames"])
+    most = len(messages) * 2 // 3
+    feed.send(messages[:most])
+    worker = WorkerProcess(config, tmp_path / "log")
+    await_committed(kafka, config, most)
+    worker.kill()
+    delete_messages(kafka, topics["frames"], most - 10)
+    feed.send(messages[most:])
+    feed.close()
+    worker = WorkerProcess(config, tmp_path / "log")
+    try:
+        events = await_ends(kafka, topics["events"], ["s0", "s1"], 60)
+    finally:
+        worker.stop()
+    assert "ERROR" in (tmp_path / "log").read_text()
+    assert "keep messages longer (retention.ms)" in (tmp_path / "log").read_text()
+    for told in events.values():
+        read = [json.loads(event) for event in told]
+        lost = [event["type"] for event in read if event.get("reason") == LOST]
+        assert lost[-1:] == ["stream.ended"]
+        started = [e["instance_id"] for e in read if e["type"] == "action.started"]
+        over = [e["instance_id"] for e in read if e["type"] in ("action.ended", "action.aborted")]
+        assert sorted(started) == sorted(over)
+
+
+def test_a_worker_that_was_held_up_takes_no_stream_for_silent_that_was_not(
+    kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    topics = {"frames": topic(), "events": topic()}
+    messages = messages_of(2, 1000)
+    config = worker_config(
+        tmp_path, tiny_bundle, kafka, topics, idle_timeout=3.0, kafka={"session_timeout": 20.0}
+    )
+    worker = WorkerProcess(config, tmp_path / "log")
+    feed = Feed(kafka, topics["frames"])
+    half = len(messages) // 2
+    feed.send(messages[:half])
+    await_committed(kafka, config, half)
+    worker.process.send_signal(signal.SIGSTOP)
+    for at in range(half, len(messages), 20):
+        feed.send(messages[at : at + 20])
+        time.sleep(1.0)
+    feed.close()
+    worker.process.send_signal(signal.SIGCONT)
+    try:
+        events = await_ends(kafka, topics["events"], ["s0", "s1"], 60)
+    finally:
+        worker.stop()
+    assert events == expected_events(tiny_bundle, messages)
+
+
+def test_messages_that_are_deleted_while_a_worker_is_held_up_are_missed_loudly(
+    kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    topics = {"frames": topic(), "events": topic()}
+    messages = messages_of(2, 12000)
+    # What has been fetched already is not missed, so a fetch is small.
+    small = {"session_timeout": 20.0, "max_poll": 5, "max_message_bytes": 1024}
+    config = worker_config(tmp_path, tiny_bundle, kafka, topics, kafka=small)
+    worker = WorkerProcess(config, tmp_path / "log")
+    feed = Feed(kafka, topics["frames"])
+    half = len(messages) // 2
+    feed.send(messages[:half])
+    await_committed(kafka, config, half)
+    worker.process.send_signal(signal.SIGSTOP)
+    feed.send(messages[half:])
+    feed.close()
+    delete_messages(kafka, topics["frames"], len(messages) - 30)
+    worker.process.send_signal(signal.SIGCONT)
+    try:
+        events = await_ends(kafka, topics["events"], ["s0", "s1"], 60)
+    finally:
+        worker.stop()
+    assert "were deleted before they were read" in (tmp_path / "log").read_text()
+    for told in events.values():
+        read = [json.loads(event) for event in told]
+        started = [e["instance_id"] for e in read if e["type"] == "action.started"]
+        over = [e["instance_id"] for e in read if e["type"] in ("action.ended", "action.aborted")]
+        assert sorted(started) == sorted(over)
+
+
+def test_a_worker_is_ready_once_its_partitions_are_where_they_were(
+    kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    topics = {"frames": topic(2), "events": topic()}
+    port = free_port()
+    config = worker_config(tmp_path, tiny_bundle, kafka, topics, http={"address": f"127.0.0.1:{port}"})
+    worker = WorkerProcess(config, tmp_path / "log")
+    try:
+        seen = []
+        deadline = time.monotonic() + 60
+        while not seen or seen[-1] != 200:
+            assert time.monotonic() < deadline, seen
+            seen += [status_of(f"http://127.0.0.1:{port}/ready")]
+            time.sleep(0.01)
+        assert 503 in seen, "it was not ready before it had joined the group"
+        feed = Feed(kafka, topics["frames"])
+        feed.send(messages_of(2, 500))
+        feed.close()
+        await_ends(kafka, topics["events"], ["s0", "s1"], 60)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            metrics = answer.read().decode()
+    finally:
+        worker.stop()
+    assert f'onset_lag_messages{{partition="0",topic="{topics["frames"]}"}} 0.0' in metrics
+    assert 'onset_transactions_total{outcome="committed"}' in metrics
+
+
+def status_of(url: str) -> int:
+    """The status of an answer; 0 where nobody answers."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as problem:
+        return problem.code
+    except OSError:
+        return 0

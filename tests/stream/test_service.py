@@ -145,6 +145,10 @@ FAULTS: dict[str, tuple[str, bytes]] = {
     "cut off": ("not_msgpack", good(0, 20, stream="bad")[:-7]),
     "something behind it": ("not_msgpack", bad() + b"x"),
     "deep nesting": ("not_msgpack", b"\x91" * 50_000),
+    "deep nesting of a field": (
+        "bad_field",
+        bad(epoch="deep").replace(b"\xa4deep", b"\x91" * 1000 + b"\xc0"),
+    ),
     "empty": ("not_msgpack", b""),
     "no map": ("not_a_map", msgpack.packb([1, 2, 3])),
     "unknown version": ("unknown_version", bad(v=2)),
@@ -445,14 +449,6 @@ def test_the_configuration_is_strict_and_knows_where_it_lies(tiny_bundle: Path, 
     ]:
         with pytest.raises(ConfigError, match=message):
             load_service_config(write_config(tmp_path, tiny_bundle, **changes))
-
-
-def test_the_example_configuration_is_valid_and_shows_the_defaults() -> None:
-    path = ROOT / "configs" / "service.yaml"
-    config = load_service_config(path)
-    defaults = ServiceConfig(bundle=config.bundle, source=config.source, sinks=config.sinks)
-    assert config == defaults
-    assert config.source.zmq == ZmqSettings()
 
 
 def test_wrong_options_are_one_sentence_and_status_2(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -234,6 +237,43 @@ def test_any_value_in_any_field_is_read_or_refused(changes: dict[str, Any]) -> N
     else:
         assert 0 <= read.seq < 2**48
         assert read.stream.isprintable()
+
+
+@pytest.mark.parametrize("field", fields())
+@pytest.mark.parametrize("unit", [b"\x91", b"\x81\xa1a"])
+def test_a_field_may_nest_as_deeply_as_msgpack_reads(field: str, unit: bytes) -> None:
+    for depth in (10, 500, 1000, 1022, 1023, 1024):
+        packed = [
+            msgpack.packb(key) + (unit * depth + b"\xc0" if key == field else msgpack.packb(value))
+            for key, value in fields().items()
+        ]
+        refused(bytes([0x80 + len(packed)]) + b"".join(packed))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda n: b"\x91" * 900 + b"\xc1",
+        lambda n: b"\x82\xa1v\x01\xa1w" + b"\x91" * 900 + b"\xc1",
+        lambda n: b"\x82\xa1v\x01\x07\xc5\x0e\x00" + bytes(3584),
+        lambda n: msgpack.packb(fields() | {f"key {n}" + 500 * "x": 1}),
+        lambda n: msgpack.packb(fields(epoch={f"key {n}" + 500 * "x": 1})),
+    ],
+    ids=["nested", "nested in a field", "a key that is none", "a key nobody knows", "a map in a field"],
+)
+def test_what_is_refused_leaves_nothing_behind(data: Callable[[int], bytes]) -> None:
+    def refuse(numbers: range) -> int:
+        for number in numbers:
+            refused(data(number))
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = refuse(range(1000))
+        assert refuse(range(1000, 2000)) < before + 100_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("dtype", "scale"), [("float16", None), ("int16", 0.5)])

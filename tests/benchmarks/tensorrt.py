@@ -187,9 +187,8 @@ def thumos(folder: Path) -> list[Path]:
         return []
 
     pyramid = PyramidShape(512, 4, 19, 6, chunk=4, stem=2, embed=2, expansion=4, relative=True)
-    return write_bundle_of(
-        random_detector(DetectorShape(2048, 20, pyramid), spread=0.0), folder, 7.5, "thumos"
-    )
+    detector = random_detector(DetectorShape(2048, 20, pyramid), spread=0.0)
+    return [write_bundle_of(detector, folder, 7.5, "thumos")]
 
 
 def main() -> None:

@@ -61,10 +61,13 @@ plugin: $(if $(and $(NVCC),$(CMAKE)),,.venv/.plugin)
 	$(BIN)/python -m pip install --quiet --editable '.[gpu]'
 	touch $@
 
-# TESTER: a python with pytest, numpy, pydantic and pyyaml, where the machine reaches no registry.
+# The kernel, then the session on TensorRT and what a step costs, which goes to tests/benchmarks/results.
+# TESTER: a python with pytest, numpy, pydantic and pyyaml, where the machine reaches no registry; for TensorRT,
+# with tensorrt, cuda-bindings, onnx and onnxruntime as well.
 TESTER ?= $(BIN)/python
 test-gpu: plugin $(if $(filter $(BIN)/python,$(TESTER)),.venv/.gpu)
 	ONSET_NMS_LIBRARY=$(abspath $(BUILD))/libonset_nms.so $(TESTER) -m pytest -q -m gpu --confcutdir=tests/gpu tests/gpu
+	$(TESTER) -m tests.benchmarks.tensorrt
 
 # A million hostile messages, in some minutes: it ends with one line of counts.
 fuzz: .venv/.dev

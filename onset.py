@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from engine import cli as engine_cli
 from engine.errors import ConfigError, OnsetError
 from stream import cli as stream_cli
 from trainer import data_cli, score_cli
@@ -31,6 +32,8 @@ app.command("detect")(stream_cli.detect)
 app.command("run")(stream_cli.run)
 app.command("send")(stream_cli.send)
 app.command("keys")(stream_cli.keys)
+app.command("compile")(engine_cli.compile_)
+app.command("doctor")(engine_cli.doctor)
 app.command("score")(score_cli.score)
 app.command("plot")(score_cli.plot)
 

@@ -30,6 +30,52 @@ class Slot:
     generation: int
 
 
+class Slots:
+    """Which of `count` slots are taken, and by whom."""
+
+    def __init__(self, count: int) -> None:
+        if count < 1:
+            raise EngineError(f"a session needs at least one slot, {count} were asked for")
+        self._generations = [0] * count
+        self._is_open = [False] * count
+        self._free = list(range(count - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._is_open)
+
+    def open(self) -> Slot:
+        """A slot that nobody holds. Raises EngineError when there is none."""
+        if not self._free:
+            raise EngineError(f"all {len(self)} slots are taken; close one, or open the session with more")
+        index = self._free.pop()
+        self._generations[index] += 1
+        self._is_open[index] = True
+        return Slot(index, self._generations[index])
+
+    def close(self, slot: Slot) -> None:
+        """Take a slot back. Raises EngineError when it is not the caller's any more."""
+        self._check(slot)
+        self._is_open[slot.index] = False
+        self._free.append(slot.index)
+
+    def indices(self, slots: Sequence[Slot]) -> list[int]:
+        """The places of slots that step together. Raises EngineError for a stale one, or one given twice."""
+        for slot in slots:
+            self._check(slot)
+        index = [slot.index for slot in slots]
+        if len(set(index)) != len(index):
+            raise EngineError("a stream takes part twice in one step; give each slot once")
+        return index
+
+    def _check(self, slot: Slot) -> None:
+        if not (0 <= slot.index < len(self)) or (
+            not self._is_open[slot.index] or self._generations[slot.index] != slot.generation
+        ):
+            raise EngineError(
+                f"slot {slot.index} (generation {slot.generation}) is not open; its stream has ended"
+            )
+
+
 class Session(Protocol):
     """What the runtime needs of an engine."""
 
@@ -84,8 +130,7 @@ class OnnxSession:
                 "onnxruntime is not installed, and nothing else here can run a bundle; "
                 "install it with `pip install '.[cpu]'`"
             ) from None
-        if slots < 1:
-            raise EngineError(f"a session needs at least one slot, {slots} were asked for")
+        self._slots = Slots(slots)
         self._manifest, graph = read_bundle(bundle)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or 0
@@ -97,14 +142,10 @@ class OnnxSession:
             self._run = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as problem:
             raise BundleError(f"{bundle}: ONNX Runtime refuses the graph: {problem}") from None
-        _compare(bundle, self._manifest, self._run)
+        compare(bundle, self._manifest, _declared(self._run))
         _try(bundle, self._manifest, self._run)
         self._outputs = [tensor.name for tensor in self._manifest.outputs]
-        size = sum(math.prod(tensor.shape) for tensor in self._manifest.states)
-        self._states: FloatArray = np.zeros((slots, size), np.float32)
-        self._generations = [0] * slots
-        self._is_open = [False] * slots
-        self._free = list(range(slots - 1, -1, -1))
+        self._states: FloatArray = np.zeros((slots, state_size(self._manifest)), np.float32)
 
     @property
     def manifest(self) -> Manifest:
@@ -114,7 +155,7 @@ class OnnxSession:
     @property
     def capacity(self) -> int:
         """Slots in all."""
-        return len(self._is_open)
+        return len(self._slots)
 
     @property
     def state_bytes(self) -> int:
@@ -123,39 +164,21 @@ class OnnxSession:
 
     def open(self) -> Slot:
         """See `Session.open`."""
-        if not self._free:
-            raise EngineError(
-                f"all {self.capacity} slots are taken; close one, or open the session with more"
-            )
-        index = self._free.pop()
-        self._states[index] = 0.0
-        self._generations[index] += 1
-        self._is_open[index] = True
-        return Slot(index, self._generations[index])
+        slot = self._slots.open()
+        self._states[slot.index] = 0.0
+        return slot
 
     def close(self, slot: Slot) -> None:
         """See `Session.close`."""
-        self._check(slot)
-        self._is_open[slot.index] = False
-        self._free.append(slot.index)
+        self._slots.close(slot)
 
     def step(
         self, slots: Sequence[Slot], samples: FloatArray, mask: NDArray[np.bool_]
     ) -> Mapping[str, FloatArray]:
         """See `Session.step`."""
-        rows = len(slots)
-        for slot in slots:
-            self._check(slot)
-        index = [slot.index for slot in slots]
-        if len(set(index)) != rows:
-            raise EngineError("a stream takes part twice in one step; give each slot once")
-        manifest = self._manifest
-        expected = (rows, manifest.chunk_samples, manifest.frame.channels)
-        if rows == 0 or samples.shape != expected or mask.shape != (rows, manifest.chunk):
-            raise EngineError(
-                f"a step of {rows} slots got samples {list(samples.shape)} and mask {list(mask.shape)}, "
-                f"expected {list(expected)} and {[rows, manifest.chunk]} with at least one slot"
-            )
+        index = self._slots.indices(slots)
+        check_step(self._manifest, len(index), samples, mask)
+        rows = len(index)
         spare = max(0, self.MIN_ROWS - rows)
         feed = {
             "samples": np.ascontiguousarray(samples, dtype=np.float32),
@@ -168,25 +191,32 @@ class OnnxSession:
         self._states[index] = state[:rows]
         return {name: value[:rows] for name, value in zip(self._outputs, outputs, strict=True)}
 
-    def _check(self, slot: Slot) -> None:
-        if not (0 <= slot.index < self.capacity) or (
-            not self._is_open[slot.index] or self._generations[slot.index] != slot.generation
-        ):
-            raise EngineError(
-                f"slot {slot.index} (generation {slot.generation}) is not open; its stream has ended"
-            )
+
+def state_size(manifest: Manifest) -> int:
+    """S, the numbers in one stream's state."""
+    return sum(math.prod(tensor.shape) for tensor in manifest.states)
 
 
-def _compare(bundle: Path, manifest: Manifest, run: Any) -> None:
+def check_step(manifest: Manifest, rows: int, samples: FloatArray, mask: NDArray[np.bool_]) -> None:
+    """Raise EngineError unless `samples` and `mask` have the shapes that a step of `rows` slots takes."""
+    expected = (rows, manifest.chunk_samples, manifest.frame.channels)
+    if rows == 0 or samples.shape != expected or mask.shape != (rows, manifest.chunk):
+        raise EngineError(
+            f"a step of {rows} slots got samples {list(samples.shape)} and mask {list(mask.shape)}, "
+            f"expected {list(expected)} and {[rows, manifest.chunk]} with at least one slot"
+        )
+
+
+def tensors_of(manifest: Manifest) -> dict[str, tuple[list[int], str]]:
+    """Every tensor of the step graph: its shape without the batch axis, and its type."""
+    size = state_size(manifest)
+    tensors = {t.name: (list(t.shape), str(t.dtype)) for t in (*manifest.inputs, *manifest.outputs)}
+    return tensors | {name: ([size], "float32") for name in ("state", "next_state")}
+
+
+def compare(bundle: Path, manifest: Manifest, found: Mapping[str, tuple[list[int], str]]) -> None:
     """Raise BundleError unless the graph's inputs and outputs are those of the manifest."""
-    size = sum(math.prod(tensor.shape) for tensor in manifest.states)
-    expected = {t.name: (list(t.shape), t.dtype) for t in (*manifest.inputs, *manifest.outputs)}
-    expected |= {name: ([size], "float32") for name in ("state", "next_state")}
-    types = {"tensor(float)": "float32", "tensor(int64)": "int64"}
-    found = {
-        node.name: (list(node.shape[1:]), types.get(node.type, node.type))
-        for node in (*run.get_inputs(), *run.get_outputs())
-    }
+    expected = tensors_of(manifest)
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise BundleError(
@@ -195,10 +225,18 @@ def _compare(bundle: Path, manifest: Manifest, run: Any) -> None:
             )
 
 
+def _declared(run: Any) -> dict[str, tuple[list[int], str]]:
+    types = {"tensor(float)": "float32", "tensor(int64)": "int64"}
+    return {
+        node.name: (list(node.shape[1:]), types.get(node.type, node.type))
+        for node in (*run.get_inputs(), *run.get_outputs())
+    }
+
+
 def _try(bundle: Path, manifest: Manifest, run: Any) -> None:
     """Raise BundleError unless the graph steps, at two batch sizes, from a zero state to finite numbers."""
     names = [tensor.name for tensor in manifest.outputs]
-    size = sum(math.prod(tensor.shape) for tensor in manifest.states)
+    size = state_size(manifest)
     for rows in (2, 3):
         feed = {tensor.name: np.zeros((rows, *tensor.shape), np.float32) for tensor in manifest.inputs}
         feed["state"] = np.zeros((rows, size), np.float32)

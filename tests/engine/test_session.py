@@ -1,4 +1,8 @@
-"""Sessions on ONNX Runtime: the law with slots, batches and age; and what a session refuses."""
+"""Sessions: the law with slots, batches and age; and what a session refuses.
+
+All hold for each engine. TensorRT and the CUDA driver are fakes here, which run the step on ONNX Runtime:
+what is tested is everything around it. tests/gpu has the same law for the real ones.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,10 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from engine import BundleError, EngineError, OnnxSession, Slot
+from engine import BundleError, EngineError, OnnxSession, Session, Slot
+from engine.tensorrt_session import TensorRtSession
+from tests.engine.fake_driver import FakeDriver
+from tests.engine.fake_tensorrt import install
 from tests.tiny import random_detector, write_bundle_of
 from trainer.detector import OUTPUTS, Detector, DetectorShape
 from trainer.pyramid import PyramidShape
@@ -26,6 +33,18 @@ from trainer.pyramid import PyramidShape
 TOLERANCE = 2e-4
 # No shrinking: each example exports a model, and minutes of that would hide the failure.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
+ENGINES = ("onnxruntime", "tensorrt")
+
+
+@pytest.fixture(autouse=True)
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeDriver())
+
+
+def session_of(engine: str, bundle: Path, slots: int = 16) -> Session:
+    return (
+        OnnxSession(bundle, slots, threads=1) if engine == "onnxruntime" else TensorRtSession(bundle, slots)
+    )
 
 
 @st.composite
@@ -57,7 +76,7 @@ def test_any_schedule_of_streams_and_slots_keeps_to_the_law(
 ) -> None:
     """Streams begin and end at any time, step in any company and order, and take over each other's slots."""
     detector = random_detector(shape, seed, spread=0.1)
-    session = OnnxSession(write_bundle_of(detector, tmp_path_factory.mktemp("law")), slots=3, threads=1)
+    bundle = write_bundle_of(detector, tmp_path_factory.mktemp("law"))
     chunk, hop = shape.pyramid.chunk, detector.hop
     random = np.random.default_rng(seed)
     streams = []
@@ -69,27 +88,29 @@ def test_any_schedule_of_streams_and_slots_keeps_to_the_law(
                 random.random(chunks * chunk) > 0.1,
             )
         )
-    waiting, running, heard = list(range(5)), {}, {i: [] for i in range(5)}
-    while waiting or running:
-        while waiting and len(running) < 3:
-            running[waiting.pop()] = (session.open(), 0)
-        chosen = data.draw(st.permutations(sorted(running)))[: data.draw(st.integers(1, len(running)))]
-        outputs = session.step(
-            [running[i][0] for i in chosen],
-            np.stack([streams[i][0][running[i][1] * chunk * hop :][: chunk * hop] for i in chosen]),
-            np.stack([streams[i][1][running[i][1] * chunk :][:chunk] for i in chosen]),
-        )
-        for row, i in enumerate(chosen):
-            heard[i].append({name: value[row] for name, value in outputs.items()})
-            slot, step = running[i]
-            running[i] = (slot, step + 1)
-            if (step + 1) * chunk == len(streams[i][1]):
-                session.close(running.pop(i)[0])
-    for i, (samples, mask) in enumerate(streams):
-        expected = whole(detector, samples, mask)
-        for name in ("ongoing", "start", "end"):
-            found = np.concatenate([part[name] for part in heard[i]])
-            np.testing.assert_allclose(found, expected[name], rtol=0, atol=TOLERANCE)
+    expected = [whole(detector, samples, mask) for samples, mask in streams]
+    for engine in ENGINES:
+        session = session_of(engine, bundle, slots=3)
+        waiting, running, heard = list(range(5)), {}, {i: [] for i in range(5)}
+        while waiting or running:
+            while waiting and len(running) < 3:
+                running[waiting.pop()] = (session.open(), 0)
+            chosen = data.draw(st.permutations(sorted(running)))[: data.draw(st.integers(1, len(running)))]
+            outputs = session.step(
+                [running[i][0] for i in chosen],
+                np.stack([streams[i][0][running[i][1] * chunk * hop :][: chunk * hop] for i in chosen]),
+                np.stack([streams[i][1][running[i][1] * chunk :][:chunk] for i in chosen]),
+            )
+            for row, i in enumerate(chosen):
+                heard[i].append({name: value[row] for name, value in outputs.items()})
+                slot, step = running[i]
+                running[i] = (slot, step + 1)
+                if (step + 1) * chunk == len(streams[i][1]):
+                    session.close(running.pop(i)[0])
+        for i, parts in heard.items():
+            for name in ("ongoing", "start", "end"):
+                found = np.concatenate([part[name] for part in parts])
+                np.testing.assert_allclose(found, expected[i][name], rtol=0, atol=TOLERANCE, err_msg=engine)
 
 
 def test_an_old_stream_keeps_to_the_law(tmp_path: Path) -> None:
@@ -135,8 +156,9 @@ def test_a_row_does_not_depend_on_its_companions(hapt_bundle: Path) -> None:
                     np.testing.assert_array_equal(outputs[name][place], alone[k][name][0])
 
 
-def test_a_closed_slot_is_nobodys(tiny_bundle: Path) -> None:
-    session = OnnxSession(tiny_bundle, slots=1, threads=1)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_closed_slot_is_nobodys(tiny_bundle: Path, engine: str) -> None:
+    session = session_of(engine, tiny_bundle, slots=1)
     slot = session.open()
     with pytest.raises(EngineError, match="all 1 slots are taken"):
         session.open()
@@ -152,8 +174,9 @@ def test_a_closed_slot_is_nobodys(tiny_bundle: Path) -> None:
     session.step([again], samples, mask)
 
 
-def test_wrong_shapes_are_refused_and_change_nothing(tiny_bundle: Path) -> None:
-    session = OnnxSession(tiny_bundle, slots=2, threads=1)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_wrong_shapes_are_refused_and_change_nothing(tiny_bundle: Path, engine: str) -> None:
+    session = session_of(engine, tiny_bundle, slots=2)
     slot, twin = session.open(), session.open()
     samples, mask = np.ones((1, 8, 3), np.float32), np.ones((1, 2), bool)
     for bad in (np.ones((1, 7, 3)), np.ones((2, 8, 3)), np.ones((1, 8, 4)), np.ones((8, 3))):
@@ -191,11 +214,12 @@ def edit(bundle: Path, folder: Path, **changes: object) -> Path:
         ({"states": [{"name": "phase", "shape": [1, 1]}]}, "tensor `next_state`"),
     ],
 )
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_bundle_that_does_not_fit_is_refused(
-    tiny_bundle: Path, tmp_path: Path, changes: dict[str, object], sentence: str
+    tiny_bundle: Path, tmp_path: Path, changes: dict[str, object], sentence: str, engine: str
 ) -> None:
     with pytest.raises(BundleError, match=sentence):
-        OnnxSession(edit(tiny_bundle, tmp_path / "b", **changes))
+        session_of(engine, edit(tiny_bundle, tmp_path / "b", **changes))
 
 
 def test_a_tampered_or_missing_graph_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -1,0 +1,183 @@
+"""What of this machine can run a bundle, and what is missing: the findings of `onset doctor`.
+
+Each finding says what is there, or what is not and what to do about it on a machine of this kind. It looks
+rather than to believe what is written somewhere: the driver is asked for a GPU, TensorRT is imported, plans
+are read. Nothing is installed, built or changed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import re
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+from engine import compiler, tensorrt_api
+from engine.errors import OnsetError
+from engine.gpu import Gpu
+from engine.manifest import Manifest, read_bundle
+from engine.plans import PlanCache
+
+PLUGIN = "libonset_nms.so"
+_RELEASE = Path("/etc/nv_tegra_release")
+# Jetson Linux, by its first number: the JetPack that brings it.
+_JETPACKS = {35: "5.1", 36: "6", 38: "7"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`good`: None where it is not needed by everybody, and not there."""
+
+    what: str
+    good: bool | None
+    found: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings, and which engines can run a bundle here."""
+
+    findings: tuple[Finding, ...]
+    engines: tuple[str, ...]
+
+
+def machine(release: Path = _RELEASE) -> str:
+    """`JetPack 6`, for a Jetson; else the processor, `x86_64`. `release`: the file that Jetson Linux has."""
+    try:
+        found = re.match(r"# R(\d+)", release.read_text(encoding="utf-8", errors="replace")[:1000])
+    except OSError:
+        return platform.machine()
+    number = int(found[1]) if found else 0
+    return f"JetPack {_JETPACKS[number]}" if number in _JETPACKS else f"Jetson Linux {number or 'unknown'}"
+
+
+def diagnose(bundle: Path | None, plugin: Path) -> Diagnosis:
+    """Look at this machine, at a bundle's plans where one is given, and at `plugin`, our TensorRT plugin.
+
+    Raises BundleError when there is a bundle that cannot be read.
+    """
+    here = machine()
+    onnxruntime = _onnxruntime()
+    manifest = read_bundle(bundle)[0] if bundle is not None else None
+    gpu, card = _gpu(here)
+    tensorrt = _tensorrt(here)
+    engines = ["onnxruntime"] if onnxruntime.good else []
+    if gpu.good and tensorrt.good:
+        engines.append("tensorrt")
+    about = Finding("machine", True, f"{here}, Python {platform.python_version()}")
+    findings = [about, onnxruntime, gpu, tensorrt, _plugin(plugin)]
+    if bundle is not None and manifest is not None:
+        findings.append(_plans(bundle, manifest, card if tensorrt.good else None))
+    return Diagnosis(tuple(findings), tuple(engines))
+
+
+def _onnxruntime() -> Finding:
+    try:
+        import onnxruntime
+    except ImportError as problem:
+        return Finding("onnxruntime", None, str(problem), "to run on the CPU: pip install '.[cpu]'")
+    return Finding("onnxruntime", True, str(onnxruntime.__version__))
+
+
+def _gpu(here: str) -> tuple[Finding, Gpu | None]:
+    try:
+        gpu = Gpu()
+    except OnsetError as problem:
+        return Finding("GPU", None, str(problem).split(";")[0], _gpu_advice(here)), None
+    found = f"{gpu.name} ({gpu.architecture}), driver for CUDA {gpu.driver_version}"
+    if gpu.capability < (7, 5):
+        return Finding("GPU", None, found, "too old: sm_75 (Turing) or newer is needed; run on the CPU"), None
+    return Finding("GPU", True, found), gpu
+
+
+def _gpu_advice(here: str) -> str:
+    bindings = "" if _has("cuda-bindings") else "pip install cuda-bindings; "
+    if here.startswith("Jet"):
+        return (
+            f"{bindings}the driver is part of JetPack: in a container, start it with `--runtime nvidia`; "
+            "on the board itself, flash JetPack anew"
+        )
+    if _has_driver():
+        return (
+            f"{bindings}there is a driver, so see that `nvidia-smi` lists the GPU, and that it is of the "
+            "same version as the kernel's module (after an update: restart)"
+        )
+    return (
+        f"{bindings}to use an NVIDIA GPU: install its driver (Debian and Ubuntu: `apt install "
+        "nvidia-driver`, or nvidia.com/drivers); in a container, install the NVIDIA Container Toolkit and "
+        "start it with `--gpus all`"
+    )
+
+
+def _tensorrt(here: str) -> Finding:
+    try:
+        return Finding("TensorRT", True, tensorrt_api.version())
+    except OnsetError as problem:
+        return Finding("TensorRT", None, str(problem).split(";")[0], _tensorrt_advice(here))
+
+
+def _tensorrt_advice(here: str) -> str:
+    if here == "JetPack 5.1":
+        return (
+            "JetPack 5.1 has TensorRT 8.5 for Python 3.8 only, which Onset does not run on: move to "
+            "JetPack 6 or 7, or run on the CPU"
+        )
+    if here.startswith("Jet"):
+        return (
+            "it comes with JetPack: `sudo apt install tensorrt python3-libnvinfer`, then a virtual "
+            "environment that sees it: `python3 -m venv --system-site-packages .venv`. pip's TensorRT is not "
+            "for Jetsons"
+        )
+    if here != "x86_64":
+        return f"on {here}, install NVIDIA's TensorRT packages for your distribution (nvidia.com/tensorrt)"
+    return "pip install '.[tensorrt]' (some GiB), or NVIDIA's container nvcr.io/nvidia/tensorrt"
+
+
+def _plugin(path: Path) -> Finding:
+    if not path.is_file():
+        advice = "optional: TENSORRT_INCLUDE=FOLDER_OF_NvInfer.h make plugin"
+        return Finding("NMS plugin", None, f"{path} is not there", advice)
+    try:
+        ctypes.CDLL(str(path.resolve()))
+    except OSError as problem:
+        return Finding("NMS plugin", False, str(problem), "build it on this machine: make plugin")
+    return Finding("NMS plugin", True, str(path))
+
+
+def _plans(bundle: Path, manifest: Manifest, gpu: Gpu | None) -> Finding:
+    cache = PlanCache(bundle)
+    files = {path.name for path in cache.folder.glob("*.plan")}
+    there = f"{len(files)} in {cache.folder}"
+    if gpu is None:
+        return Finding("plans", None, there, "they need a GPU and TensorRT, see above")
+    key = compiler.key_of(manifest, gpu, "fp32", 1)
+    fitting = [
+        f"{precision} for {batch} streams"
+        for precision in compiler.PRECISIONS
+        for batch in range(1, compiler.MAX_BATCH + 1)
+        if (key := replace(key, precision=precision, batch=batch)).file in files
+        and cache.read(key) is not None
+    ]
+    if not fitting:
+        advice = f"onset compile {bundle}; else the first start builds them"
+        return Finding("plans", None, f"{there}, none for this machine and this graph", advice)
+    return Finding("plans", True, ", ".join(fitting))
+
+
+def _has(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True

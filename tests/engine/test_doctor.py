@@ -1,0 +1,194 @@
+"""`onset doctor` and `onset compile`: on this machine as it is, and on machines that are made up."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine import BundleError, ConfigError
+from engine.compiler import compile_bundle
+from engine.doctor import Finding, diagnose, machine
+from tests.engine.fake_driver import FakeDriver
+from tests.engine.fake_tensorrt import RELEASES, install
+
+ROOT = Path(__file__).resolve().parents[2]
+NOWHERE = Path("nowhere.so")
+
+
+def onset(*arguments: str, isolated: bool = False) -> subprocess.CompletedProcess[str]:
+    hidden = (
+        "import sys; sys.modules.update(onnxruntime=None, tensorrt=None, cuda=None); " if isolated else ""
+    )
+    code = f"{hidden}import onset, sys; sys.argv = ['onset', *sys.argv[1:]]; onset.main()"
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def finding(what: str, bundle: Path | None = None) -> Finding:
+    return next(f for f in diagnose(bundle, NOWHERE).findings if f.what == what)
+
+
+def test_this_machine_can_run_a_bundle_and_the_exit_status_says_so() -> None:
+    done = onset("doctor")
+    assert done.returncode == 0, done.stderr
+    assert "ok      onnxruntime" in done.stdout
+
+
+def test_a_machine_with_nothing_is_told_what_to_install() -> None:
+    done = onset("doctor", isolated=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for words in ("pip install '.[cpu]'", "pip install '.[tensorrt]'", "no engine can run a bundle here"):
+        assert words in done.stdout
+
+
+def test_an_engine_that_is_asked_for_has_to_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert onset("doctor", "--engine", "tensorrt", isolated=True).returncode == 1
+    done = onset("doctor", "--engine", "tensort")
+    assert done.returncode == 2
+    assert "expected onnxruntime or tensorrt" in done.stderr
+
+
+def test_a_machine_with_a_gpu_shows_it_with_its_plans(
+    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    install(monkeypatch, FakeDriver(), RELEASES[1])
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("plans")))
+    assert diagnose(bundle, NOWHERE).engines == ("onnxruntime", "tensorrt")
+    assert finding("GPU").found == "Fake GPU (sm_90), driver for CUDA 12.6"
+    assert finding("TensorRT").found == RELEASES[1]
+    assert "onset compile" in finding("plans", bundle).advice
+    compile_bundle(bundle, "fp16", (1, 8))
+    assert finding("plans", bundle).found == "fp16 for 1 streams, fp16 for 8 streams"
+    install(monkeypatch, FakeDriver(capability=(8, 9)), RELEASES[1])
+    assert "2 in" in finding("plans", bundle).found
+    assert finding("plans", bundle).good is None
+
+
+def test_a_gpu_that_is_too_old_is_not_called_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeDriver(capability=(6, 1)))
+    assert diagnose(None, NOWHERE).engines == ("onnxruntime",)
+    assert "too old" in finding("GPU").advice
+
+
+def test_a_plugin_that_cannot_be_loaded_is_broken(tmp_path: Path) -> None:
+    path = tmp_path / "libonset_nms.so"
+    path.write_bytes(b"not a library")
+    found = next(f for f in diagnose(None, path).findings if f.what == "NMS plugin")
+    assert found.good is False
+    assert "make plugin" in found.advice
+
+
+@pytest.mark.parametrize(
+    ("release", "name"),
+    [
+        ("# R35 (release), REVISION: 4.1, GCID: 33958178, BOARD: t186ref", "JetPack 5.1"),
+        ("# R36 (release), REVISION: 4.3", "JetPack 6"),
+        ("# R38 (release), REVISION: 2.0", "JetPack 7"),
+        ("# R32 (release), REVISION: 7.1", "Jetson Linux 32"),
+        ("", "Jetson Linux unknown"),
+    ],
+)
+def test_a_jetson_is_known_by_its_release(tmp_path: Path, release: str, name: str) -> None:
+    (tmp_path / "release").write_text(release)
+    assert machine(tmp_path / "release") == name
+
+
+@pytest.mark.parametrize(
+    ("here", "words"),
+    [
+        ("JetPack 5.1", "move to JetPack 6"),
+        ("JetPack 6", "apt install tensorrt"),
+        ("JetPack 7", "apt install tensorrt"),
+        ("x86_64", "pip install '.[tensorrt]'"),
+    ],
+)
+def test_what_to_install_depends_on_the_machine(
+    monkeypatch: pytest.MonkeyPatch, here: str, words: str
+) -> None:
+    monkeypatch.setattr("engine.doctor.machine", lambda: here)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert words in finding("TensorRT").advice
+
+
+def test_compile_builds_what_is_lacking_and_shows_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    trt = install(monkeypatch, FakeDriver())
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("plans")))
+    said: list[tuple[str, float | None]] = []
+    compile_bundle(bundle, streams=(1, 4), report=lambda doing, done: said.append((doing, done)))
+    assert ("1 streams: building", 1.0) in said
+    assert ("4 streams: reading the graph", None) in said
+    assert len(trt.built) == 2
+    plans = compile_bundle(bundle, streams=(1, 4, 8), workspace=64)
+    assert len(trt.built) == 3
+    assert trt.built[-1]._workspace == 64 * 2**20
+    assert all(plan.is_file() for plan in plans)
+
+
+def test_the_timing_cache_grows_from_build_to_build_and_one_that_does_not_fit_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    install(monkeypatch, FakeDriver())
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("plans")))
+    compile_bundle(bundle, streams=(1, 2, 4))
+    (timing,) = (bundle / "plans").glob("*.timing")
+    assert timing.read_bytes() == b"..."
+    timing.write_bytes(b"of another GPU")
+    compile_bundle(bundle, streams=(8,))
+    assert timing.read_bytes() == b"."
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_fp32_means_fp32(
+    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path, release: str
+) -> None:
+    trt = install(monkeypatch, FakeDriver(), release)
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("plans")))
+    compile_bundle(bundle, streams=(1,))
+    assert trt.built[0]._flags == set()
+
+
+def test_before_tensorrt_10_the_builder_is_told_what_must_not_be_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    trt = install(monkeypatch, FakeDriver(), "8.5.3.1")
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("plans")))
+    compile_bundle(bundle, "fp16", (1,))
+    (config,) = trt.built
+    flags = trt.BuilderFlag  # type: ignore[attr-defined]
+    assert config._flags == {flags.FP16, flags.OBEY_PRECISION_CONSTRAINTS}
+    assert config._sources == 0b11000  # neither cuBLAS, nor cuBLASLt, nor cuDNN
+    kinds = {layer.kind: layer.precision for layer in config._network._layers}
+    assert kinds["MatMul"] is None
+    assert kinds["Softmax"] == kinds["ReduceMean"] == kinds["Add"] == trt.DataType.FLOAT  # type: ignore[attr-defined]
+    assert kinds["Shape"] is None, "what counts integers has no such precision"
+    with pytest.raises(ConfigError, match="does not know bf16"):
+        compile_bundle(bundle, "bf16", (1,))
+
+
+def test_what_cannot_be_compiled_is_refused_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    install(monkeypatch, FakeDriver(capability=(7, 5)))
+    with pytest.raises(ConfigError, match="calibration"):
+        compile_bundle(tiny_bundle, "int8")
+    with pytest.raises(ConfigError, match="expected fp32, fp16, bf16"):
+        compile_bundle(tiny_bundle, "fp64")
+    with pytest.raises(ConfigError, match="expected numbers from 1 to 4096"):
+        compile_bundle(tiny_bundle, streams=(0, 1))
+    with pytest.raises(ConfigError, match="sm_80 and newer do"):
+        compile_bundle(tiny_bundle, "bf16", (1,))
+    with pytest.raises(BundleError, match="not a bundle"):
+        compile_bundle(tmp_path)
+
+
+def test_compile_without_a_gpu_is_one_sentence_and_status_2(tiny_bundle: Path) -> None:
+    done = onset("compile", str(tiny_bundle), isolated=True)
+    assert done.returncode == 2
+    assert "cuda-bindings" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from engine.choice import EngineSettings
 from engine.errors import ConfigError
 from engine.manifest import Decoding
 from engine.schema import Strict, load_config, parse
@@ -85,8 +86,9 @@ class ServiceConfig(RuntimeSettings):
         default=64 * 1024 * 1024, ge=64 * 1024, le=1024**4, description="messages that wait for the engine"
     )
     watch_bundle: bool = Field(default=True, description="take the bundle anew when its files change")
+    engine: EngineSettings = EngineSettings()
     threads: int | None = Field(
-        default=None, ge=1, le=1024, description="threads of one step; default: all cores"
+        default=None, ge=1, le=1024, description="threads of one step on ONNX Runtime; default: all cores"
     )
     decoding: dict[str, Any] = Field(
         default_factory=dict, description="replaces the bundle's decoding settings, key by key"

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import FrameType
 
-from engine.session import OnnxSession
+from engine.choice import open_session
 from stream import kafka_worker, zmq_worker
 from stream.config import ServiceConfig
 from stream.counters import Counters
@@ -44,7 +44,7 @@ def serve(
         ("engine", "source"), HttpSettings().stalled_after if http is None else http.stalled_after
     )
     reload = reload or Reload(config.bundle, config.watch_bundle)
-    engine = partial(OnnxSession, config.bundle, slots=config.max_streams, threads=config.threads)
+    engine = partial(open_session, config.bundle, config.max_streams, config.threads, config.engine)
     with ExitStack() as stack:
         stack.callback(notifier.close)
         if http is not None:

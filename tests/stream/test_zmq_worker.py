@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import zmq
 
-from engine import OnnxSession, Slot
+from engine import OnnxSession, Slot, choice
 from stream import service
 from stream.config import ServiceConfig
 from stream.counters import Counters
@@ -84,7 +84,7 @@ class SlowSession(OnnxSession):
 def test_one_stream_that_floods_does_not_starve_another(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "OnnxSession", SlowSession)
+    monkeypatch.setattr(choice, "OnnxSession", SlowSession)
     path = tmp_path / "events.jsonl"
     flood, quiet = wave(1, 20_000), wave(2, 400)
     with running(config_of(tiny_bundle, path)) as send:
@@ -103,7 +103,7 @@ def test_one_stream_that_floods_does_not_starve_another(
 def test_with_drop_oldest_a_slow_engine_loses_samples_and_says_so(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "OnnxSession", SlowSession)
+    monkeypatch.setattr(choice, "OnnxSession", SlowSession)
     path = tmp_path / "events.jsonl"
     monkeypatch.setattr(SlowSession, "seconds", 0.0)
     samples = wave(1, 40_000)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from engine.errors import ConfigError
 
-_URI = re.compile(r"(?:(?P<kind>[a-z]+)\+(?P<way>[a-z]+):)?(?P<address>(?P<transport>tcp|ipc)://\S+)")
+_URI = re.compile(r"(?:(?P<kind>[a-z]+)\+(?P<way>[a-z]+):)?(?P<address>tcp://\S+:(?:\d{1,5}|\*)|ipc://\S+)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,6 +96,7 @@ class Worker:
             self._advance()
         while len(self._inbox):
             self._advance()
+        self._counters.queued_messages.set(0)
         runtime.stop()
 
     def close(self) -> None:

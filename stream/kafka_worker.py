@@ -34,8 +34,10 @@ from stream.wire import Limits, decode
 
 log = logging.getLogger(__name__)
 
-# How soon a signal is noticed when nothing arrives.
-_POLL_SECONDS = 0.1
+# How soon a signal is noticed when nothing arrives. Not less: the client joins a group only while it polls,
+# and kafka-python 3.0.12 throws away a join that is done between two polls.
+_POLL_SECONDS = 1.0
+_JOIN_SECONDS = 5.0
 _PAUSE_SECONDS = 1.0
 
 
@@ -123,7 +125,7 @@ class Worker:
 
     def _round(self) -> None:
         self._around.beat()
-        polled = self._source.poll(_POLL_SECONDS)
+        polled = self._source.poll(_POLL_SECONDS if self._source.has_joined else _JOIN_SECONDS)
         for number in polled.lost & self._partitions.keys():
             self._partitions.pop(number).leave()
             with suppress(KeyError):

@@ -3,8 +3,8 @@
 `Life` is small and always current: does the stream run, since which message, which actions are open? It is
 enough to end what cannot be gone on with. `Mark` is written now and then: the stream as it was saved before
 one message (`offset`), and its tracker as it was saved before a later one (`woken`); `stream.live_stream`
-says why there are two. Both name what decided on the stream (the bundle and
-its settings): another one's tracker is of no use.
+says why there are two. Both name what decided on the stream (the bundle and its settings): another one's
+tracker is of no use.
 
 Plain msgpack maps, read with bounds. No I/O here.
 """

@@ -140,8 +140,7 @@ class KafkaSource:
             "request_timeout_ms": round(1000 * max(REQUEST_SECONDS, 2 * settings.session_timeout)),
             "reconnect_backoff_max_ms": 1000,
         }
-        self.partitions = self._prepare_topics(letters)
-        """how many partitions the topic had when this began"""
+        self._prepare_topics(letters)
         self._rebalances = _Rebalances()
         self._awaiting: set[int] = set()
         self._consumer = KafkaConsumer(
@@ -294,7 +293,7 @@ class KafkaSource:
                             known[record.key] = record.value
         return states
 
-    def _prepare_topics(self, letters: str | None) -> int:
+    def _prepare_topics(self, letters: str | None) -> None:
         """See that topics are there, and the state's has a partition for each of the messages'."""
         settings = self._settings
         known = KafkaAdminClient.DEFAULT_CONFIG
@@ -313,7 +312,6 @@ class KafkaSource:
             elif there[state] < partitions:
                 admin.create_partitions({state: partitions})
             _check_compacted(admin, state)
-        return partitions
 
 
 class _Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]

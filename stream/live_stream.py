@@ -24,6 +24,8 @@ from stream.tracker import OpenAction, Tracker
 from stream.wire import Message
 
 END_OF_STREAM = "end of stream"
+# What comes of a saved stream that is none, or another bundle's.
+MISFITS = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError)
 
 _SAVED = ("epoch", "floor", "reach", "seen", "chunks", "now", "captured")
 

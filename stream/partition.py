@@ -28,8 +28,8 @@ from engine.manifest import Decoding, Manifest
 from stream.checkpoint import Committed, Life, Mark, key_of, packed, read_records
 from stream.config import RuntimeSettings
 from stream.events import Event
-from stream.live_stream import Standing
-from stream.runtime import MISFITS, Runtime
+from stream.live_stream import MISFITS, Standing
+from stream.runtime import Runtime
 from stream.tracker import TIME_DIGITS, OpenAction
 from stream.wire import Message
 

@@ -30,7 +30,7 @@ from engine.session import Session
 from stream.config import RuntimeSettings
 from stream.counters import Counters
 from stream.events import Event
-from stream.live_stream import LiveStream, Standing, blank
+from stream.live_stream import MISFITS, LiveStream, Standing, blank
 from stream.ring import Chunk, End, Gap, Ring
 from stream.segments import Segments
 from stream.throttle import Throttle
@@ -43,9 +43,6 @@ RESTARTED = "restarted by its producer"
 IDLE = "idle"
 STOPPED = "service stopped"
 NOT_FINITE = "outputs are not finite"
-
-# What comes of a saved stream that is none, or another bundle's.
-MISFITS = (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError)
 
 EventSink = Callable[[Sequence[Event]], None]
 

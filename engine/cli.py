@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from engine.compiler import WORKSPACE_MIB, compile_bundle
-from engine.doctor import PLUGIN, diagnose
+from engine.compiler import PLUGIN, WORKSPACE_MIB, compile_bundle
+from engine.doctor import diagnose
 from engine.errors import ConfigError
 
 
@@ -27,6 +27,10 @@ def compile_(
     workspace: Annotated[
         int, typer.Option(min=16, max=1024**2, help="MiB of scratch memory on the GPU.")
     ] = WORKSPACE_MIB,
+    segments: Annotated[
+        bool, typer.Option("--segments", help="End the plans in the NMS plugin, for programs of your own.")
+    ] = False,
+    plugin: Annotated[Path, typer.Option(help="The NMS plugin, as `make plugin` builds it.")] = PLUGIN,
 ) -> None:
     """Build the TensorRT plans of a bundle ahead, for the GPU of this machine.
 
@@ -43,7 +47,8 @@ def compile_(
         def report(doing: str, done: float | None) -> None:
             bar.update(task, description=doing, total=None if done is None else 1.0, completed=done)
 
-        plans = compile_bundle(bundle, precision, _numbers(streams), workspace, report)
+        wanted = plugin if segments else None
+        plans = compile_bundle(bundle, precision, _numbers(streams), workspace, report, wanted)
     console = Console(stderr=True)
     for plan in plans:
         console.print(f"{plan}: {plan.stat().st_size / 2**20:.1f} MiB", highlight=False, soft_wrap=True)
@@ -57,8 +62,7 @@ def doctor(
     engine: Annotated[
         str | None, typer.Option(help="onnxruntime or tensorrt: the one that has to work. Default: any.")
     ] = None,
-    plugin: Annotated[Path, typer.Option(help="The NMS plugin, as `make plugin` builds it.")] = Path("build")
-    / PLUGIN,
+    plugin: Annotated[Path, typer.Option(help="The NMS plugin, as `make plugin` builds it.")] = PLUGIN,
 ) -> None:
     """Say what of this machine can run a bundle, what is missing, and what to install. Changes nothing.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import get_args
 from engine import tensorrt_api
 from engine.errors import ConfigError
 from engine.gpu import Gpu
-from engine.manifest import Manifest, read_bundle
+from engine.manifest import read_bundle, with_nms
 from engine.plans import PlanCache, PlanKey
 from engine.precision import in_precision
 from engine.tensorrt_api import Precision, Progress
@@ -18,6 +19,7 @@ from engine.tensorrt_api import Precision, Progress
 MAX_BATCH = 4096
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 WORKSPACE_MIB = 1024
+PLUGIN = Path("build/libonset_nms.so")
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +30,21 @@ def compile_bundle(
     streams: Sequence[int] = (),
     workspace: int = WORKSPACE_MIB,
     report: Progress = lambda doing, done: None,
+    plugin: Path | None = None,
 ) -> list[Path]:
     """Build what the cache lacks; returns the files of all plans. `workspace`: MiB of scratch memory.
 
+    With a `plugin`, the library that `make plugin` builds, plans end in it, and give segments.
     Raises BundleError when TensorRT refuses the graph, ConfigError for what this machine cannot do.
     """
     known, numbers = known_precision(precision), batches(streams or default_streams())
     manifest, graph = read_bundle(bundle)
     gpu = Gpu()
+    if plugin is not None:
+        graph = with_nms(bundle, manifest, graph)
+        tensorrt_api.load_plugin(plugin)
     cache = PlanCache(bundle)
-    keys = [key_of(manifest, gpu, known, batch) for batch in numbers]
+    keys = [key_of(graph, gpu, known, batch) for batch in numbers]
     for key in keys:
         if cache.read(key) is None:
             build(cache, key, gpu, graph, known, workspace, report)
@@ -74,9 +81,10 @@ def build(
     return plan
 
 
-def key_of(manifest: Manifest, gpu: Gpu, precision: Precision, batch: int) -> PlanKey:
-    """What a plan for this machine is kept under."""
-    return PlanKey(manifest.graph_sha256, tensorrt_api.version(), gpu.architecture, precision, batch)
+def key_of(graph: bytes, gpu: Gpu, precision: Precision, batch: int) -> PlanKey:
+    """What a plan of this graph for this machine is kept under."""
+    digest = hashlib.sha256(graph).hexdigest()
+    return PlanKey(digest, tensorrt_api.version(), gpu.architecture, precision, batch)
 
 
 def known_precision(precision: str) -> Precision:

@@ -17,10 +17,9 @@ from pathlib import Path
 from engine import compiler, tensorrt_api
 from engine.errors import OnsetError
 from engine.gpu import Gpu
-from engine.manifest import Manifest, read_bundle
+from engine.manifest import read_bundle, with_nms
 from engine.plans import PlanCache
 
-PLUGIN = "libonset_nms.so"
 _RELEASE = Path("/etc/nv_tegra_release")
 # Jetson Linux, by its first number: the JetPack that brings it.
 _JETPACKS = {35: "5.1", 36: "6", 38: "7"}
@@ -61,7 +60,7 @@ def diagnose(bundle: Path | None, plugin: Path) -> Diagnosis:
     """
     here = machine()
     onnxruntime = _onnxruntime()
-    manifest = read_bundle(bundle)[0] if bundle is not None else None
+    graphs = _graphs(bundle) if bundle is not None else {}
     gpu, card = _gpu(here)
     tensorrt = _tensorrt(here)
     engines = ["onnxruntime"] if onnxruntime.good else []
@@ -69,8 +68,8 @@ def diagnose(bundle: Path | None, plugin: Path) -> Diagnosis:
         engines.append("tensorrt")
     about = Finding("machine", True, f"{here}, Python {platform.python_version()}")
     findings = [about, onnxruntime, gpu, tensorrt, _plugin(plugin)]
-    if bundle is not None and manifest is not None:
-        findings.append(_plans(bundle, manifest, card if tensorrt.good else None))
+    if bundle is not None:
+        findings.append(_plans(bundle, graphs, card if tensorrt.good else None))
     return Diagnosis(tuple(findings), tuple(engines))
 
 
@@ -147,19 +146,27 @@ def _plugin(path: Path) -> Finding:
     return Finding("NMS plugin", True, str(path))
 
 
-def _plans(bundle: Path, manifest: Manifest, gpu: Gpu | None) -> Finding:
+def _graphs(bundle: Path) -> dict[str, bytes]:
+    """What plans of a bundle may be of, by a word or two to tell them apart."""
+    manifest, graph = read_bundle(bundle)
+    ending = {" with segments": with_nms(bundle, manifest, graph)} if manifest.nms else {}
+    return {"": graph} | ending
+
+
+def _plans(bundle: Path, graphs: dict[str, bytes], gpu: Gpu | None) -> Finding:
     cache = PlanCache(bundle)
     files = {path.name for path in cache.folder.glob("*.plan")}
     there = f"{len(files)} in {cache.folder}"
     if gpu is None:
         return Finding("plans", None, there, "they need a GPU and TensorRT, see above")
-    key = compiler.key_of(manifest, gpu, "fp32", 1)
+    keys = {kind: compiler.key_of(graph, gpu, "fp32", 1) for kind, graph in graphs.items()}
     fitting = [
-        f"{precision} for {batch} streams"
+        f"{precision} for {batch} streams{kind}"
+        for kind, key in keys.items()
         for precision in compiler.PRECISIONS
         for batch in range(1, compiler.MAX_BATCH + 1)
-        if (key := replace(key, precision=precision, batch=batch)).file in files
-        and cache.read(key) is not None
+        if (that := replace(key, precision=precision, batch=batch)).file in files
+        and cache.read(that) is not None
     ]
     if not fitting:
         advice = f"onset compile {bundle}; else the first start builds them"

@@ -1,8 +1,13 @@
-"""The bundle: a folder with `bundle.json` (this schema) and `model.onnx` (the step); nothing else matters.
+"""The bundle: a folder with `bundle.json` (this schema), `model.onnx` (the step) and `nms.onnx`, its ending.
 
 Reading a bundle checks everything that can be checked without running it: the version, the schema, the
 graph's sha256. Nothing is ever unpickled. What the graph itself declares is compared with the manifest when
 a session opens it.
+
+The ending is an OnsetNMS node (`engine.nms_reference`), for those who want segments rather than moments. It
+is a file of its own, since only TensorRT with our plugin can read it, while `model.onnx` runs anywhere. One
+after the other they are one graph, since two protocol buffers in a row are their merger by definition:
+`cat model.onnx nms.onnx > whole.onnx` is what `trtexec` and a parser in C++ take, and `with_nms` returns.
 """
 
 from __future__ import annotations
@@ -16,13 +21,16 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from engine.errors import BundleError
+from engine.nms_reference import NmsSettings
 from engine.schema import Strict, parse
 
 VERSION = 1
 MANIFEST = "bundle.json"
 GRAPH = "model.onnx"
+NMS = "nms.onnx"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 MAX_GRAPH_BYTES = 4 * 1024**3
+MAX_NMS_BYTES = 64 * 1024
 # What one stream may cost: its state and one step. A THUMOS14-sized pyramid takes a few MiB.
 MAX_STREAM_BYTES = 256 * 1024**2
 
@@ -95,6 +103,24 @@ class Decoding(Strict):
         )
 
 
+class Nms(Strict):
+    """The OnsetNMS node that `nms.onnx` puts behind the step.
+
+    Its scores are the logits `end` [B, chunk, K], less 10^4 where the frame is missing, its offsets
+    `end_offsets`, its memory `memory` [B, 1 + 3 * remembered]; it gives `Kept._fields`, the last of them as
+    `next_memory`.
+    """
+
+    settings: NmsSettings
+    remembered: int = Field(ge=1, le=4096, description="emitted segments that a stream remembers")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the file")
+
+    @property
+    def memory_size(self) -> int:
+        """Numbers in one stream's memory."""
+        return 1 + 3 * self.remembered
+
+
 class Training(Strict):
     """How the bundle was made and what it scored: a record for people, read by nothing."""
 
@@ -128,6 +154,7 @@ class Manifest(Strict):
     )
     outputs: tuple[Tensor, ...]
     decoding: Decoding = Decoding()
+    nms: Nms | None = Field(None, description="the ending, where there is one")
     training: Training = Training()
 
     @model_validator(mode="after")
@@ -222,9 +249,29 @@ def read_bundle(folder: Path) -> tuple[Manifest, bytes]:
     return manifest, graph
 
 
-def write_bundle(folder: Path, manifest: Manifest, graph: bytes) -> None:
-    """Write a bundle; the manifest comes last, so that a folder with one is whole."""
+def with_nms(folder: Path, manifest: Manifest, graph: bytes) -> bytes:
+    """The bundle's graph with its ending, see the module.
+
+    Raises BundleError when there is none, or when it is not the one that the manifest tells of.
+    """
+    path = folder / NMS
+    if manifest.nms is None:
+        raise BundleError(f"{folder}: has no {NMS}, which gives segments; export the run again")
+    try:
+        ending = path.read_bytes() if path.stat().st_size <= MAX_NMS_BYTES else b""
+    except OSError as problem:
+        raise BundleError(f"{path}: not readable: {problem.strerror}") from None
+    if hashlib.sha256(ending).hexdigest() != manifest.nms.sha256:
+        raise BundleError(
+            f"{path}: is not the file that {MANIFEST} tells of; export or copy the bundle again"
+        )
+    return graph + ending
+
+
+def write_bundle(folder: Path, manifest: Manifest, graph: bytes, nms: bytes = b"") -> None:
+    """Write a bundle; the manifest comes last, so that a folder with one is whole. `nms`: see `Nms`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MANIFEST).unlink(missing_ok=True)
     (folder / GRAPH).write_bytes(graph)
+    (folder / NMS).write_bytes(nms) if nms else (folder / NMS).unlink(missing_ok=True)
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")

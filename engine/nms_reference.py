@@ -63,7 +63,8 @@ from engine.suppression import factors, suppress
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
-ONE, FARTHEST, LARGEST = np.float32(1), np.float32(2**24), np.finfo(np.float32).max
+MAX_HOP, LARGEST_TIME = 2**16, 2**24  # samples
+ONE, FARTHEST, LARGEST = np.float32(1), np.float32(LARGEST_TIME), np.finfo(np.float32).max
 _LOG2_E = np.float32(1.44269504)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _TAYLOR = [ONE / np.float32(factorial) for factorial in (5040, 720, 120, 24, 6, 2, 1, 1)]
@@ -75,10 +76,12 @@ Bounded = Annotated[int, Field(ge=1, le=2**16)]
 class NmsSettings(Strict):
     """What an `OnsetNMS` node is told."""
 
-    hop: int = Field(ge=0, le=2**16, description="samples of one moment; 0: the offline form")
+    hop: int = Field(ge=0, le=MAX_HOP, description="samples of one moment; 0: the offline form")
     score_threshold: float = Field(0.1, ge=0, le=1, description="a candidate scores at least this")
     min_score: float = Field(0.001, ge=0, le=1, description="suppressed to below this, it is dropped")
-    min_length: float = Field(0.0, ge=0, le=2**24, description="shorter segments are no candidates; samples")
+    min_length: float = Field(
+        0.0, ge=0, le=LARGEST_TIME, description="shorter segments are no candidates; samples"
+    )
     method: Literal["soft", "hard"] = Field("soft", description="what overlap does: lower a score, or remove")
     iou_threshold: float = Field(0.1, ge=1e-6, le=1, description="hard: overlap from which on it removes")
     sigma: float = Field(0.5, ge=1e-3, le=1e3, description="soft: the larger, the less it lowers scores")

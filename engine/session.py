@@ -17,9 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import BundleError, EngineError
-from engine.manifest import Manifest, read_bundle
+from engine.manifest import Manifest, Nms, read_bundle, with_nms
+from engine.nms_reference import Kept, keep
 
 FloatArray = NDArray[np.float32]
+Array = NDArray[Any]  # float32; the labels and numbers of segments are int32
+SEGMENTS = Kept._fields[:-1]
 
 
 @dataclass(frozen=True)
@@ -97,11 +100,13 @@ class Session(Protocol):
 
     def step(
         self, slots: Sequence[Slot], samples: FloatArray, mask: NDArray[np.bool_]
-    ) -> Mapping[str, FloatArray]:
+    ) -> Mapping[str, Array]:
         """Advance distinct slots by one chunk.
 
         `samples` [B, chunk * hop, C], `mask` [B, chunk] (False: the frame is missing, its samples are
-        ignored). Returns each output of the manifest as [B, ...]. Raises EngineError on any misfit.
+        ignored). Returns each output of the manifest as [B, ...]; from a session that was opened for
+        segments also those of `SEGMENTS`, see `engine.nms_reference`: their times are samples from the
+        chunk's end. Raises EngineError on any misfit.
         """
         ...
 
@@ -118,8 +123,10 @@ class OnnxSession:
     # place, which tests/engine/test_session.py proves bit for bit; so a lonely stream gets an idle companion.
     MIN_ROWS = 2
 
-    def __init__(self, bundle: Path, slots: int = 16, threads: int | None = None) -> None:
-        """Open a bundle. `threads`: those of one step; default: all cores.
+    def __init__(
+        self, bundle: Path, slots: int = 16, threads: int | None = None, segments: bool = False
+    ) -> None:
+        """Open a bundle. `threads`: those of one step; default: all cores. `segments`: steps give them, too.
 
         Raises BundleError when the bundle is damaged or its graph is not what its manifest says.
         """
@@ -142,9 +149,14 @@ class OnnxSession:
             self._run = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as problem:
             raise BundleError(f"{bundle}: ONNX Runtime refuses the graph: {problem}") from None
-        compare(bundle, self._manifest, _declared(self._run))
+        compare(bundle, tensors_of(self._manifest), _declared(self._run))
         _try(bundle, self._manifest, self._run)
         self._outputs = [tensor.name for tensor in self._manifest.outputs]
+        self._nms: Nms | None = None
+        if segments:
+            with_nms(bundle, self._manifest, graph)  # what the oracle does is what the file says
+            self._nms = self._manifest.nms
+        self._memories: FloatArray = np.zeros((slots, self._nms.memory_size if self._nms else 0), np.float32)
         self._states: FloatArray = np.zeros((slots, state_size(self._manifest)), np.float32)
 
     @property
@@ -165,7 +177,7 @@ class OnnxSession:
     def open(self) -> Slot:
         """See `Session.open`."""
         slot = self._slots.open()
-        self._states[slot.index] = 0.0
+        self._states[slot.index] = self._memories[slot.index] = 0.0
         return slot
 
     def close(self, slot: Slot) -> None:
@@ -174,7 +186,7 @@ class OnnxSession:
 
     def step(
         self, slots: Sequence[Slot], samples: FloatArray, mask: NDArray[np.bool_]
-    ) -> Mapping[str, FloatArray]:
+    ) -> Mapping[str, Array]:
         """See `Session.step`."""
         index = self._slots.indices(slots)
         check_step(self._manifest, len(index), samples, mask)
@@ -189,7 +201,13 @@ class OnnxSession:
             feed = {name: np.pad(a, [(0, spare)] + [(0, 0)] * (a.ndim - 1)) for name, a in feed.items()}
         *outputs, state = self._run.run([*self._outputs, "next_state"], feed)
         self._states[index] = state[:rows]
-        return {name: value[:rows] for name, value in zip(self._outputs, outputs, strict=True)}
+        moments: dict[str, Array] = {n: v[:rows] for n, v in zip(self._outputs, outputs, strict=True)}
+        if self._nms is None:
+            return moments
+        scores = moments["end"] + (np.float32(1e4) * (mask.astype(np.float32) - np.float32(1)))[..., None]
+        kept = keep(scores, moments["end_offsets"], self._memories[index], self._nms.settings)
+        self._memories[index] = kept.memory
+        return moments | dict(zip(SEGMENTS, kept, strict=False))
 
 
 def state_size(manifest: Manifest) -> int:
@@ -208,15 +226,29 @@ def check_step(manifest: Manifest, rows: int, samples: FloatArray, mask: NDArray
 
 
 def tensors_of(manifest: Manifest) -> dict[str, tuple[list[int], str]]:
-    """Every tensor of the step graph: its shape without the batch axis, and its type."""
+    """Every tensor of the step graph without its ending: its shape without the batch axis, and its type."""
     size = state_size(manifest)
     tensors = {t.name: (list(t.shape), str(t.dtype)) for t in (*manifest.inputs, *manifest.outputs)}
     return tensors | {name: ([size], "float32") for name in ("state", "next_state")}
 
 
-def compare(bundle: Path, manifest: Manifest, found: Mapping[str, tuple[list[int], str]]) -> None:
-    """Raise BundleError unless the graph's inputs and outputs are those of the manifest."""
-    expected = tensors_of(manifest)
+def tensors_of_ending(nms: Nms) -> dict[str, tuple[list[int], str]]:
+    """As `tensors_of`: what the ending adds."""
+    most, memory = nms.settings.max_segments, ([nms.memory_size], "float32")
+    return {
+        "memory": memory,
+        "segments": ([most, 2], "float32"),
+        "scores": ([most], "float32"),
+        "labels": ([most], "int32"),
+        "number": ([], "int32"),
+        "next_memory": memory,
+    }
+
+
+def compare(
+    bundle: Path, expected: Mapping[str, tuple[list[int], str]], found: Mapping[str, tuple[list[int], str]]
+) -> None:
+    """Raise BundleError unless the graph's inputs and outputs are those of the manifest, the `expected`."""
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise BundleError(

@@ -11,9 +11,11 @@ typed: precision lies in the graph (`engine.precision`), and from 11 on there is
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from engine.errors import BundleError, ConfigError, EngineError
@@ -41,6 +43,33 @@ def version() -> str:
 def is_strongly_typed() -> bool:
     """Whether this TensorRT takes the precision from the graph."""
     return _major() >= 10
+
+
+def load_plugin(library: Path) -> None:
+    """Enter our NMS plugin into TensorRT's registry, for this process; again is no harm.
+
+    Raises ConfigError when `library` is missing, or was built for another TensorRT.
+    """
+    _tensorrt()  # loads the TensorRT whose registry it is to enter
+    if not library.is_file():
+        raise ConfigError(
+            f"{library} is not there, the NMS plugin that gives segments; build it with "
+            "`TENSORRT_INCLUDE=FOLDER_OF_NvInfer.h make plugin`, or do without segments"
+        )
+    try:
+        register = ctypes.CDLL(str(library.resolve())).onset_nms_register
+    except OSError as problem:
+        raise ConfigError(f"{library}: cannot be loaded: {problem}; build it on this machine") from None
+    except AttributeError:
+        raise ConfigError(
+            f"{library}: has the kernel alone, no plugin; build it with "
+            "`TENSORRT_INCLUDE=FOLDER_OF_NvInfer.h make plugin`"
+        ) from None
+    if status := register():
+        raise ConfigError(
+            f"{library}: TensorRT {version()} does not take the plugin ({status}); build it with "
+            "TENSORRT_INCLUDE naming the headers of that TensorRT"
+        )
 
 
 def build(
@@ -185,7 +214,7 @@ def _configure(trt: Any, network: Any, config: Any, precision: Precision) -> Non
     for number in range(network.num_layers):
         layer = network.get_layer(number)
         outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-        if layer.type not in products and all(tensor.dtype == trt.DataType.FLOAT for tensor in outputs):
+        if layer.type not in products and any(tensor.dtype == trt.DataType.FLOAT for tensor in outputs):
             layer.precision = trt.DataType.FLOAT
 
 

@@ -10,6 +10,7 @@ one CUDA stream:
 4. scatter: `next_state` back to its rows of the table;
 5. outputs to pinned memory, one copy.
 
+With `segments` the plan ends in our NMS plugin, and what a stream emitted is a second table, moved alike.
 Rows are moved by two kernels of twenty instructions (`rows.ptx`) rather than inside of the graph: ONNX has a
 Gather, but its scatter returns a new table, so each step would copy the states of all slots to change a few.
 As states are gathered, a plan reads and writes the same two buffers at every step. So there is no parity of
@@ -25,6 +26,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +34,21 @@ from numpy.typing import NDArray
 from engine import compiler
 from engine.errors import BundleError
 from engine.gpu import Bytes, Gpu
-from engine.manifest import Manifest, read_bundle
+from engine.manifest import Manifest, read_bundle, with_nms
 from engine.plans import PlanCache
-from engine.session import FloatArray, Slot, Slots, check_step, compare, state_size
-from engine.tensorrt_api import Plan, Precision
+from engine.session import (
+    SEGMENTS,
+    Array,
+    FloatArray,
+    Slot,
+    Slots,
+    check_step,
+    compare,
+    state_size,
+    tensors_of,
+    tensors_of_ending,
+)
+from engine.tensorrt_api import Plan, Precision, load_plugin
 
 _ALIGNMENT = 256  # TensorRT's, of tensors
 
@@ -55,10 +68,13 @@ class TensorRtSession:
         cuda_graphs: bool = True,
         workspace: int = compiler.WORKSPACE_MIB,
         gpu: int = 0,
+        segments: bool = False,
+        plugin: Path = compiler.PLUGIN,
     ) -> None:
         """Open a bundle: build the plans that the cache lacks (minutes), and run each twice.
 
-        `streams`: batches to have plans for, default: powers of two; `workspace`: MiB to build in.
+        `streams`: batches to have plans for, default: powers of two; `workspace`: MiB to build in;
+        `segments`: steps give them, too, found by `plugin`, the library that `make plugin` builds.
         Raises BundleError when the bundle is damaged or TensorRT refuses it, ConfigError where this machine
         has no GPU, or no TensorRT, that can be used.
         """
@@ -66,16 +82,24 @@ class TensorRtSession:
         self._manifest, graph = read_bundle(bundle)
         self._gpu = Gpu(gpu)
         numbers = compiler.batches(streams or compiler.default_streams(slots))
-        self._size = state_size(self._manifest)
-        # One row more than slots: what the rows to spare of a batch read and write.
-        self._table = self._gpu.allocate(4 * (slots + 1) * self._size)
-        old, new = (self._gpu.allocate(4 * numbers[-1] * self._size) for _ in range(2))
+        expected = tensors_of(self._manifest)
+        self._outputs = {tensor.name: tensor.shape for tensor in self._manifest.outputs}
+        sizes = {"state": state_size(self._manifest)}
+        if segments:
+            graph = with_nms(bundle, self._manifest, graph)
+            load_plugin(plugin)
+            assert self._manifest.nms is not None
+            expected |= (ending := tensors_of_ending(self._manifest.nms))
+            self._outputs |= {name: tuple(ending[name][0]) for name in SEGMENTS}
+            sizes["memory"] = self._manifest.nms.memory_size
+        self._states = [_State.on(self._gpu, name, size, slots, numbers[-1]) for name, size in sizes.items()]
         self._batches = []
         for number in numbers:
             plan = self._plan(bundle, graph, number, precision, workspace)
             found = {name: (list(t.shape[1:]), t.dtype) for name, t in plan.tensors.items()}
-            compare(bundle, self._manifest, found)
-            batch = _Batch(number, plan, self._gpu, self._manifest, (self._table, old, new), slots)
+            compare(bundle, expected, found)
+            inputs = {tensor.name: tensor.shape for tensor in self._manifest.inputs}
+            batch = _Batch(number, plan, self._gpu, inputs, self._outputs, self._states, slots)
             batch.prepare(bundle, cuda_graphs)
             self._batches.append(batch)
 
@@ -92,13 +116,14 @@ class TensorRtSession:
     @property
     def state_bytes(self) -> int:
         """Bytes of one stream's state: the same however long the stream runs."""
-        return 4 * self._size
+        return 4 * sum(state.size for state in self._states)
 
     def open(self) -> Slot:
         """See `Session.open`."""
         slot = self._slots.open()
         self._gpu.activate()
-        self._gpu.zero(self._table + slot.index * self.state_bytes, self.state_bytes)
+        for state in self._states:
+            state.clear(self._gpu, slot.index)
         return slot
 
     def close(self, slot: Slot) -> None:
@@ -107,14 +132,14 @@ class TensorRtSession:
 
     def step(
         self, slots: Sequence[Slot], samples: FloatArray, mask: NDArray[np.bool_]
-    ) -> Mapping[str, FloatArray]:
+    ) -> Mapping[str, Array]:
         """See `Session.step`."""
         index = self._slots.indices(slots)
         check_step(self._manifest, len(index), samples, mask)
         self._gpu.activate()
-        outputs = {
-            tensor.name: np.empty((len(index), *tensor.shape), np.float32)
-            for tensor in self._manifest.outputs
+        kinds = self._batches[0].kinds
+        outputs: dict[str, Array] = {
+            name: np.empty((len(index), *shape), kinds[name]) for name, shape in self._outputs.items()
         }
         largest = self._batches[-1].rows
         for first in range(0, len(index), largest):
@@ -127,7 +152,7 @@ class TensorRtSession:
     def _plan(self, bundle: Path, graph: bytes, batch: int, precision: Precision, workspace: int) -> Plan:
         """From the cache, or built: also where TensorRT refuses what the cache has."""
         cache = PlanCache(bundle)
-        key = compiler.key_of(self._manifest, self._gpu, precision, batch)
+        key = compiler.key_of(graph, self._gpu, precision, batch)
         content = cache.read(key)
         if content is not None:
             try:
@@ -140,24 +165,54 @@ class TensorRtSession:
         return Plan(content, batch)
 
 
+class _State(NamedTuple):
+    """Addresses of what streams keep: the table [slots + 1, size], and what a plan reads and writes of it.
+
+    The table has one row more than slots: what the rows to spare of a batch read and write.
+    """
+
+    name: str
+    size: int
+    table: int
+    old: int
+    new: int
+
+    @classmethod
+    def on(cls, gpu: Gpu, name: str, size: int, slots: int, rows: int) -> _State:
+        """`rows`: those of the largest batch."""
+        return cls(name, size, *(gpu.allocate(4 * count * size) for count in (slots + 1, rows, rows)))
+
+    def clear(self, gpu: Gpu, row: int) -> None:
+        """Enqueue: zeros for a row of the table."""
+        gpu.zero(self.table + 4 * row * self.size, 4 * self.size)
+
+
 class _Batch:
     """One plan with its buffers: a run of at most `rows` streams."""
 
     def __init__(
-        self, rows: int, plan: Plan, gpu: Gpu, manifest: Manifest, states: tuple[int, int, int], nobody: int
+        self,
+        rows: int,
+        plan: Plan,
+        gpu: Gpu,
+        inputs: Mapping[str, tuple[int, ...]],
+        outputs: Mapping[str, tuple[int, ...]],
+        states: Sequence[_State],
+        nobody: int,
     ) -> None:
-        """`states`: addresses of the table, of `state` and of `next_state`; `nobody`: the spare slot."""
-        self.rows = rows
-        self._plan, self._gpu, self._nobody = plan, gpu, nobody
-        self._size = state_size(manifest)
-        self._table, self._old, self._new = states
-        inputs = {tensor.name: (rows, *tensor.shape) for tensor in manifest.inputs}
-        outputs = {tensor.name: (rows, *tensor.shape) for tensor in manifest.outputs}
-        self._fed, self._feed, where = _block(gpu, {"index": (rows,), **inputs})
+        """`inputs` and `outputs`: shapes without the batch axis; `nobody`: the spare slot."""
+        self.rows, self.kinds = rows, {name: np.dtype(tensor.dtype) for name, tensor in plan.tensors.items()}
+        self._plan, self._gpu, self._states, self._nobody = plan, gpu, states, nobody
+        self._fed, self._feed, where = _block(
+            gpu, {"index": (rows,)} | {name: (rows, *shape) for name, shape in inputs.items()}
+        )
         self._fed_at = self._index = where.pop("index")
-        self._heard, self._hear, heard = _block(gpu, outputs)
+        self._heard, hear, heard = _block(gpu, {n: (rows, *shape) for n, shape in outputs.items()})
+        self._hear: dict[str, Array] = {name: hear[name].view(self.kinds[name]) for name in outputs}
         self._heard_at = min(heard.values())
-        for name, address in (where | heard | {"state": self._old, "next_state": self._new}).items():
+        kept = {state.name: state.old for state in states}
+        kept |= {f"next_{state.name}": state.new for state in states}
+        for name, address in (where | heard | kept).items():
             plan.bind(name, address)
         # No bound method of our own: in a cycle, the GPU's memory would wait for the garbage collector.
         self._graph: Callable[[], None] | None = None
@@ -172,8 +227,8 @@ class _Batch:
                 self._graph = self._gpu.captured(self._enqueue)
             self._feed["index"].view(np.int32)[:] = self._nobody
             self._run()
-
-            self._gpu.zero(self._table + 4 * self._nobody * self._size, 4 * self._size)
+            for state in self._states:
+                state.clear(self._gpu, self._nobody)
         if not all(np.isfinite(values).all() for values in self._hear.values()):
             raise BundleError(
                 f"{bundle}: the graph answers NaN or Inf to silence; in fp16 its activations may be too "
@@ -185,7 +240,7 @@ class _Batch:
         index: list[int],
         samples: FloatArray,
         mask: NDArray[np.bool_],
-        outputs: Mapping[str, FloatArray],
+        outputs: Mapping[str, Array],
     ) -> None:
         """One step of the slots at `index`; `outputs` are written."""
         count = len(index)
@@ -204,9 +259,11 @@ class _Batch:
     def _enqueue(self) -> None:
         gpu = self._gpu
         gpu.upload(self._fed_at, self._fed)
-        gpu.gather(self._old, self._table, self._index, self.rows, self._size)
+        for state in self._states:
+            gpu.gather(state.old, state.table, self._index, self.rows, state.size)
         self._plan.enqueue(gpu.stream)
-        gpu.scatter(self._new, self._table, self._index, self.rows, self._size)
+        for state in self._states:
+            gpu.scatter(state.new, state.table, self._index, self.rows, state.size)
         gpu.download(self._heard, self._heard_at)
 
 

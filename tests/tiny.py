@@ -25,7 +25,7 @@ def random_detector(shape: DetectorShape, seed: int = 0, spread: float = 0.3) ->
 def write_bundle_of(detector: Detector, folder: Path, sample_rate: float = 50.0, name: str = "tiny") -> Path:
     """Export a detector whose classes are a, b, c, ..."""
     graph, states = step_graph(detector)
-    manifest = manifest_of(
+    manifest, end = manifest_of(
         detector,
         graph,
         states,
@@ -35,7 +35,7 @@ def write_bundle_of(detector: Detector, folder: Path, sample_rate: float = 50.0,
         decoding=Decoding(),
         training=Training(),
     )
-    write_bundle(folder, manifest, graph)
+    write_bundle(folder, manifest, graph, end)
     return folder
 
 

@@ -2,7 +2,7 @@
 
 The step is traced to opset 16, the newest that TensorRT 8.5 reads whole: norms come out decomposed, and ONNX
 Runtime fuses them again. States are flattened and joined into one tensor, so that a session gathers and
-scatters a single array.
+scatters a single array. Behind it, in a file of its own, comes an OnsetNMS node (`trainer.ending`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from trainer.beats import BeatFront
 from trainer.build import load_run
 from trainer.config import Config
 from trainer.detector import OUTPUTS, Detector
+from trainer.ending import ending
 
 OPSET = 16
 
@@ -118,10 +119,11 @@ def manifest_of(
     decoding: Decoding,
     training: Training,
     lookahead: int = 0,
-) -> Manifest:
-    """The manifest of a detector's step graph."""
+) -> tuple[Manifest, bytes]:
+    """The manifest of a detector's step graph, and its ending, `nms.onnx`; empty if it can have none."""
     chunk, count = detector.chunk, detector.shape.classes
-    return Manifest(
+    nms, end = ending(decoding, frame, chunk, count) or (None, b"")
+    manifest = Manifest(
         name=name,
         graph_sha256=hashlib.sha256(graph).hexdigest(),
         classes=classes,
@@ -144,8 +146,10 @@ def manifest_of(
             TensorSpec(name="end_offsets", shape=(chunk, 2)),
         ),
         decoding=decoding,
+        nms=nms,
         training=training,
     )
+    return manifest, end
 
 
 def export(
@@ -170,7 +174,7 @@ def export(
             )
         detector.chunk = chunk
     graph, states = step_graph(detector)
-    manifest = manifest_of(
+    manifest, end = manifest_of(
         detector,
         graph,
         states,
@@ -194,7 +198,7 @@ def export(
         ),
         lookahead=config.model.lookahead,
     )
-    write_bundle(output, manifest, graph)
+    write_bundle(output, manifest, graph, end)
     return manifest
 
 

@@ -2,7 +2,7 @@
 
 Its enums, and what each class has at all, are those of the real bindings (`bindings/`), so that a name that a
 release lacks is lacking here. `test_fakes` holds the rest against the same lists. A plan is the graph with a
-line before it.
+line before it. What an OnsetNMS node does, its oracle does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from engine.nms_reference import NmsSettings, keep
 from tests.engine.fake_driver import FakeDriver, listing
 
 RELEASES = ("8.5.3.1", "10.3.0", "10.13.3.9", "10.16.1.11", "11.4.0.106")
@@ -285,6 +286,22 @@ class Runtime:
         return self._trt.ICudaEngine(graph, {name: tuple(shape) for name, shape in facts["shapes"].items()})
 
 
+def _split_off(model: onnx.ModelProto, node: onnx.NodeProto) -> tuple[list[str], list[str], NmsSettings]:
+    """Take an OnsetNMS node and what only it reads or gives out of the model; returns what it was."""
+    graph = model.graph
+    inputs, outputs = list(node.input), list(node.output)
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    method = "soft" if attributes.pop("soft") else "hard"
+    for ended in [value for value in graph.output if value.name in outputs]:
+        graph.output.remove(ended)
+    for read in [value for value in graph.input if value.name == inputs[2]]:
+        graph.input.remove(read)
+    known = {value.name for value in graph.output}
+    graph.output.extend(value for value in graph.value_info if value.name in set(inputs) - known)
+    graph.node.remove(node)
+    return inputs, outputs, NmsSettings(**attributes, method=method)
+
+
 class ICudaEngine:
     _trt: Any
 
@@ -292,10 +309,21 @@ class ICudaEngine:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        self._run = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        model = onnx.load_model_from_string(graph)
+        declared = {
+            value.name: (
+                [size.dim_value for size in value.type.tensor_type.shape.dim[1:]],
+                onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type),
+            )
+            for value in (*model.graph.input, *model.graph.output)
+        }
+        self._inputs = [value.name for value in model.graph.input]
+        self._nodes = declared
+        self._nms = [_split_off(model, node) for node in model.graph.node if node.domain == "onset"]
+        self._run = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
         self._shapes = shapes
-        self._inputs = {node.name: node for node in self._run.get_inputs()}
-        self._nodes = self._inputs | {node.name: node for node in self._run.get_outputs()}
 
     num_io_tensors = property(lambda self: len(self._nodes))
 
@@ -306,10 +334,11 @@ class ICudaEngine:
         return self._trt.TensorIOMode["INPUT" if name in self._inputs else "OUTPUT"]
 
     def get_tensor_shape(self, name: str) -> Any:
-        return [-1, *self._nodes[name].shape[1:]]
+        return [-1, *self._nodes[name][0]]
 
     def get_tensor_dtype(self, name: str) -> Any:
-        return self._trt.DataType["FLOAT" if self._nodes[name].type == "tensor(float)" else "BOOL"]
+        kinds = {"float32": "FLOAT", "int32": "INT32"}
+        return self._trt.DataType[kinds.get(self._nodes[name][1].name, "BOOL")]
 
     def create_execution_context(self) -> Any:
         return self._trt.IExecutionContext(self)
@@ -327,7 +356,7 @@ class IExecutionContext:
         return self._engine._shapes[name] == shape
 
     def get_tensor_shape(self, name: str) -> Any:
-        return [self._batch, *self._engine._nodes[name].shape[1:]]
+        return [self._batch, *self._engine._nodes[name][0]]
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         assert memory % 256 == 0, "TensorRT wants addresses aligned"
@@ -348,14 +377,18 @@ class IExecutionContext:
         self._trt.ran.append(self._batch)
         arrays = {
             name: self._trt.driver.array(
-                self._addresses[name], self._batch * int(np.prod(node.shape[1:]))
-            ).reshape(self._batch, *node.shape[1:])
-            for name, node in engine._nodes.items()
+                self._addresses[name], self._batch * int(np.prod(shape)), dtype
+            ).reshape(self._batch, *shape)
+            for name, (shape, dtype) in engine._nodes.items()
         }
-        names = [name for name in engine._nodes if name not in engine._inputs]
-        results = engine._run.run(names, {name: arrays[name] for name in engine._inputs})
-        for name, result in zip(names, results, strict=True):
-            arrays[name][:] = result
+        fed = {node.name: arrays[node.name] for node in engine._run.get_inputs()}
+        names = [node.name for node in engine._run.get_outputs()]
+        values = arrays | (results := dict(zip(names, engine._run.run(names, fed), strict=True)))
+        for inputs, outputs, settings in engine._nms:
+            kept = keep(*(values[name] for name in inputs), settings)
+            results |= dict(zip(outputs, kept, strict=True))
+        for name in engine._nodes.keys() - set(engine._inputs):
+            arrays[name][:] = results[name]
 
 
 KINDS = (

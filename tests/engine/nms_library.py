@@ -75,8 +75,8 @@ class Library:
 class Case(NamedTuple):
     """One call: scores [B, N, K], offsets [B, N, 2], memory [B, 1 + 3 R]."""
 
-    scores: Array
-    offsets: Array
+    scores: NDArray[np.floating]
+    offsets: NDArray[np.floating]
     memory: NDArray[np.float32]
     settings: NmsSettings
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import onnx
 import pytest
 
 from engine import BundleError, ConfigError, EngineError, OnnxSession
+from engine.compiler import compile_bundle
 from engine.tensorrt_session import TensorRtSession
 from tests.engine.fake_driver import FakeDriver
 from tests.engine.fake_tensorrt import RELEASES, FakeTensorRt, install
@@ -33,10 +35,22 @@ def trt(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver) -> FakeTensorRt:
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     """One without plans."""
-    for name in ("bundle.json", "model.onnx"):
+    for name in ("bundle.json", "model.onnx", "nms.onnx"):
         (tmp_path / "b").mkdir(exist_ok=True)
         shutil.copy(tiny_bundle / name, tmp_path / "b" / name)
     return tmp_path / "b"
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that TensorRT takes: all that is seen of the real one, whose kernel takes a GPU."""
+    return library(tmp_path_factory.mktemp("plugin"), "int onset_nms_register(void) { return 0; }")
+
+
+def library(folder: Path, source: str) -> Path:
+    (folder / "plugin.c").write_text(source)
+    subprocess.run(["cc", "-shared", "-o", "plugin.so", "plugin.c"], cwd=folder, check=True)
+    return folder / "plugin.so"
 
 
 def chunks(count: int, rows: int, seed: int = 0) -> np.ndarray:
@@ -58,6 +72,60 @@ def test_each_release_of_tensorrt_says_what_onnx_runtime_says(
         found, expected = session.step(slots, samples, mask(3)), other.step(theirs, samples, mask(3))
         for name in expected:
             np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_segments_of_each_release_are_those_of_the_oracle(
+    monkeypatch: pytest.MonkeyPatch, driver: FakeDriver, bundle: Path, plugin: Path, release: str
+) -> None:
+    """Streams that come and go, more than a batch holds; what each emitted is remembered in its slot."""
+    install(monkeypatch, driver, release)
+    session = TensorRtSession(bundle, slots=5, streams=(2, 3), segments=True, plugin=plugin)
+    other = OnnxSession(bundle, slots=5, threads=1, segments=True)
+    slots, theirs = [session.open() for _ in range(5)], [other.open() for _ in range(5)]
+    random, kept = np.random.default_rng(0), 0
+    for number, samples in enumerate(chunks(30, 5)):
+        chosen = random.permutation(5)[: random.integers(1, 6)]
+        there = random.random((len(chosen), 2)) > 0.2
+        found = session.step([slots[i] for i in chosen], samples[: len(chosen)], there)
+        expected = other.step([theirs[i] for i in chosen], samples[: len(chosen)], there)
+        kept += int(expected["number"].sum())
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert found[name].dtype == expected[name].dtype
+            np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-4)
+        if number % 7 == 6:
+            session.close(slots[0])
+            other.close(theirs[0])
+            slots[0], theirs[0] = session.open(), other.open()
+    assert kept > 10
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("int onset_nms_register(void) { return 2; }", "does not take the plugin"),
+        ("int onset_nms_launch(void) { return 0; }", "has the kernel alone"),
+        (None, "is not there"),
+    ],
+)
+def test_a_plugin_that_cannot_be_used_is_refused(
+    trt: FakeTensorRt, bundle: Path, tmp_path: Path, source: str | None, sentence: str
+) -> None:
+    path = library(tmp_path, source) if source else tmp_path / "plugin.so"
+    with pytest.raises(ConfigError, match=sentence):
+        TensorRtSession(bundle, slots=1, segments=True, plugin=path)
+    TensorRtSession(bundle, slots=1)  # moments take none
+
+
+def test_plans_with_segments_are_others_than_those_without(
+    trt: FakeTensorRt, bundle: Path, plugin: Path
+) -> None:
+    for given, built in ((None, 1), (plugin, 2), (None, 2), (plugin, 2)):
+        compile_bundle(bundle, streams=(2,), plugin=given)
+        assert len(trt.built) == built
+    TensorRtSession(bundle, slots=2, streams=(2,), segments=True, plugin=plugin)
+    assert len(trt.built) == 2
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8])

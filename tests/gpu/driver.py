@@ -21,6 +21,14 @@ def is_there() -> bool:
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(number)) == 0 and number.value > 0
 
 
+def name() -> str:
+    """What NVIDIA calls the first GPU."""
+    text = ctypes.create_string_buffer(256)
+    if ctypes.CDLL(DRIVER).cuDeviceGetName(text, 256, 0):
+        raise RuntimeError("the GPU does not tell its name")
+    return text.value.decode()
+
+
 class Gpu:
     """The first GPU, with one block of memory and one stream. Raises RuntimeError when a call fails."""
 
@@ -58,6 +66,10 @@ class Gpu:
         self._do("cuStreamSynchronize", self._stream)
         self._do("cuMemcpyDtoH_v2", after.ctypes.data_as(ctypes.c_void_p), self._base, _size(after))
         return after
+
+    def wait(self) -> None:
+        """Until the stream has done its work."""
+        self._do("cuStreamSynchronize", self._stream)
 
     def captured(self, work: Callable[[], object]) -> Callable[[], None]:
         """What replays, as a CUDA graph, that which `work` enqueues on the stream."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from kafka import (
 )
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
-from kafka.errors import KafkaTimeoutError, TopicAlreadyExistsError
+from kafka.errors import KafkaError, KafkaTimeoutError, TopicAlreadyExistsError
 from pydantic import Field, model_validator
 
 from engine.errors import ConfigError
@@ -37,6 +37,8 @@ _TOPIC = r"^[A-Za-z0-9._-]{1,249}$"
 # A broker that does not answer for so long is taken to be away, and all begins anew.
 CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 10.0
+# Where no messages come, a broker is asked whether it is there: so long after it was heard last, for so long.
+_QUIET_SECONDS, _ASK_SECONDS = 3.0, 1.0
 # A worker that died in a transaction holds up its successor until the broker gives the transaction up. The
 # broker looks every 10 s (transaction.abort.timed.out.transaction.cleanup.interval.ms).
 _SETTLE_SECONDS = 120.0
@@ -88,6 +90,11 @@ class KafkaSourceSettings(Strict):
         """All that it has."""
         return self.topic, self.events, self.state_topic
 
+    @property
+    def patience(self) -> float:
+        """How long a broker may take to answer, before it is taken to be away."""
+        return max(REQUEST_SECONDS, 2 * self.session_timeout)
+
     def relative_to(self, folder: Path) -> KafkaSourceSettings:
         """The same, with relative paths relative to `folder`."""
         return self.model_copy(update={"connection": self.connection.relative_to(folder)})
@@ -137,10 +144,12 @@ class KafkaSource:
         """the group has told which partitions are this member's, be it none"""
         self._options = settings.connection.client_options() | {
             "bootstrap_timeout_ms": round(1000 * CONNECT_SECONDS),
-            "request_timeout_ms": round(1000 * max(REQUEST_SECONDS, 2 * settings.session_timeout)),
+            "request_timeout_ms": round(1000 * settings.patience),
             "reconnect_backoff_max_ms": 1000,
         }
-        self._prepare_topics(letters)
+        self._partitions = self._prepare_topics(letters)
+        self._heard = time.monotonic()  # when a broker answered last
+        self._questions = 0
         self._rebalances = _Rebalances()
         self._awaiting: set[int] = set()
         self._consumer = KafkaConsumer(
@@ -160,9 +169,18 @@ class KafkaSource:
         )
         self._consumer.subscribe([settings.topic], listener=self._rebalances)
 
+    @property
+    def silence(self) -> float:
+        """Seconds since a broker answered last; `poll` sees to it that this is asked."""
+        return time.monotonic() - self._heard
+
     def poll(self, seconds: float) -> Polled:
-        """Wait for messages for so long. Raises KafkaError."""
+        """Wait for messages for so long, and a second more where nobody answers. Raises KafkaError."""
         found = self._consumer.poll(timeout_ms=round(1000 * seconds))
+        if found:
+            self._heard = time.monotonic()
+        elif self.silence > _QUIET_SECONDS:
+            self._ask()
         lost, gained = self._rebalances.take()
         self._awaiting = (self._awaiting - lost) | gained
         self.has_joined = self.has_joined or self._rebalances.were_any
@@ -242,6 +260,15 @@ class KafkaSource:
         """Leave the group, so that the others need not wait."""
         self._consumer.close(autocommit=False, timeout_ms=round(1000 * CONNECT_SECONDS))
 
+    def _ask(self) -> None:
+        # To the client a poll without messages is the same whether none came or nobody is there. Another
+        # partition each time: that one of them has no leader is not yet the silence of all brokers.
+        self._questions += 1
+        place = TopicPartition(self._settings.topic, self._questions % self._partitions)
+        with suppress(KafkaError):
+            self._consumer.end_offsets([place], timeout_ms=round(1000 * _ASK_SECONDS))
+            self._heard = time.monotonic()
+
     def _committed(self, place: TopicPartition) -> Any:
         """Waits for the end of the transaction that holds the offset, if there is one."""
         deadline = time.monotonic() + _SETTLE_SECONDS
@@ -293,8 +320,8 @@ class KafkaSource:
                             known[record.key] = record.value
         return states
 
-    def _prepare_topics(self, letters: str | None) -> None:
-        """See that topics are there, and the state's has a partition for each of the messages'."""
+    def _prepare_topics(self, letters: str | None) -> int:
+        """See that topics are there, and the state's has a partition for each of the messages'; how many."""
         settings = self._settings
         known = KafkaAdminClient.DEFAULT_CONFIG
         with closing(KafkaAdminClient(**{k: v for k, v in self._options.items() if k in known})) as admin:
@@ -312,6 +339,7 @@ class KafkaSource:
             elif there[state] < partitions:
                 admin.create_partitions({state: partitions})
             _check_compacted(admin, state)
+        return partitions
 
 
 class _Rebalances(ConsumerRebalanceListener):  # type: ignore[misc]

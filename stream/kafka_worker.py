@@ -145,7 +145,12 @@ class Worker:
         self._look_at_clocks(busy=polled.records.keys())
         self._commit()
         replaying = [number for number, partition in self._partitions.items() if partition.is_replaying]
-        if replaying:
+        silence = self._source.silence
+        if silence > self._kafka.patience:
+            told = f"no broker answered for {silence:.0f} s"
+            self._around.health.set("source", False, told)
+            self._throttle.warning("kafka", told)
+        elif replaying:
             self._around.health.set("source", False, f"partitions {replaying} are brought back")
         elif self._source.has_joined:
             self._around.health.set("source", True)

@@ -30,6 +30,8 @@ class Reload:
         """Whether to take it anew now; true once for each reason."""
         due = self._requested.is_set()
         self._requested.clear()
+        if due:  # what it asks for is what is there now: to be seen as changed a second later, it is too late
+            self._known = self._look() or self._known
         if self._watch and self._clock() - self._looked >= _LOOK_SECONDS:
             self._looked = self._clock()
             found = self._look()

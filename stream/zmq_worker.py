@@ -150,11 +150,13 @@ class Worker:
 
     def _hear(self, events: Sequence[Event]) -> None:
         self._sinks.write(events)
+        self._around.health.set("sinks", True)
         self._counters.observe_events(events, time.time())
 
     def _has_patience(self) -> bool:
         """Whether a full spool may make this wait for its broker: not for ever, once it is to stop."""
         self._around.beat()
+        self._around.health.set("sinks", False, "a spool is full, and its broker takes no events")
         if not self._around.stop.is_set():
             return True
         self._stopping_since = self._stopping_since or time.monotonic()

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -241,3 +243,14 @@ def delete_messages(cluster: Cluster, topic: str, before: int) -> None:
     """What retention does: the messages of partition 0 before an offset are gone."""
     with closing(KafkaAdminClient(**cluster.client_settings())) as admin:
         admin.delete_records({TopicPartition(topic, 0): before})
+
+
+def readiness(port: int) -> tuple[int, dict[str, str]]:
+    """The status of /ready, and what is missing; 0 where nobody answers."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=10) as answer:
+            return int(answer.status), {}
+    except urllib.error.HTTPError as problem:
+        return problem.code, dict(json.loads(problem.read())["missing"])
+    except OSError:
+        return 0, {}

@@ -346,10 +346,10 @@ class Process:
         assert found is not None
         return int(found[1]) * 1024
 
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+    def stop(self, number: signal.Signals = signal.SIGTERM, seconds: float = 30) -> tuple[int, str]:
         """Its exit status, and what it wrote to standard output."""
         self.process.send_signal(number)
-        out, log = self.process.communicate(timeout=30)
+        out, log = self.process.communicate(timeout=seconds)
         self.log += log
         return self.process.returncode, out
 

@@ -1,0 +1,97 @@
+"""A service whose Kafka is away until its spool is full: it waits, says so, and stops when it is told to."""
+
+from __future__ import annotations
+
+import re
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from engine import OnnxSession
+from stream.cloudevents import record
+from stream.config import RuntimeSettings
+from stream.events import Event
+from stream.runtime import Runtime
+from stream.spool import Spool
+from stream.wire import Message, encode
+from tests.kafka.flow import readiness
+from tests.kafka.ports import free_port
+from tests.stream.test_service import DECODING, RATE, Process, wave, write_config
+
+SPOOL_BYTES = 64 * 1024
+# Beyond this a supervisor would kill it (systemd's TimeoutStopSec is 90 s).
+STOP_SECONDS = 60
+
+
+def service_of(folder: Path, bundle: Path, port: int) -> Process:
+    sink = {
+        "connection": {"bootstrap": f"127.0.0.1:{free_port()}"},
+        "topic": "events",
+        "spool": str(folder / "spool.db"),
+        "spool_bytes": SPOOL_BYTES,
+    }
+    http = {"address": f"127.0.0.1:{port}"}
+    return Process(write_config(folder, bundle, sinks=[{"kafka": sink}], http=http))
+
+
+def lives() -> list[Message]:
+    """A stream that ends and begins again, over and over."""
+    samples = wave(1, 500)
+    return [Message("one", 0, samples, RATE, epoch, end=True) for epoch in range(40)]
+
+
+def undisturbed(bundle: Path, messages: Sequence[Message]) -> list[bytes]:
+    """What an undisturbed runtime says, as it goes to Kafka."""
+    events: list[Event] = []
+    session = OnnxSession(bundle, slots=1, threads=1)
+    decoding = session.manifest.decoding.model_copy(update=DECODING)
+    settings = RuntimeSettings(max_streams=1, reorder=0.2, max_gap=0.4)
+    runtime = Runtime(session, events.extend, settings, None, decoding)
+    for message in messages:
+        runtime.offer(message)
+        runtime.drain()
+    return [record(event).value for event in events]
+
+
+def spool_depth(port: int) -> int:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        found = re.search(r"^onset_spool_events ([0-9.]+)$", answer.read().decode(), re.MULTILINE)
+    assert found is not None
+    return int(float(found[1]))
+
+
+def test_a_service_with_a_full_spool_is_not_ready_and_stops_without_losing_what_the_spool_holds(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    port = free_port()
+    messages = lives()
+    service = service_of(tmp_path, tiny_bundle, port)
+    found: tuple[int, Any] = (0, {})
+    try:
+        with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+            socket.linger = 0
+            socket.connect(service.address)
+            # Its broker is away from the beginning, which the spool makes up for.
+            assert readiness(port)[0] == 200
+            for message in messages:
+                socket.send(encode(message))
+            deadline = time.monotonic() + 60
+            while (found := readiness(port))[0] != 503:
+                assert time.monotonic() < deadline, "the spool was never full"
+                time.sleep(0.05)
+            kept = spool_depth(port)
+            status, _ = service.stop(seconds=STOP_SECONDS)
+    finally:
+        service.process.kill()
+    assert "a spool is full" in found[1]["sinks"]
+    assert status == 0, service.log
+    assert "is full and no broker takes events" in service.log
+    spool = Spool(tmp_path / "spool.db", SPOOL_BYTES)
+    held = [waiting.value for _, waiting in spool.peek(10_000)]
+    spool.close()
+    assert kept > 50
+    assert held[:kept] == undisturbed(tiny_bundle, messages)[:kept]

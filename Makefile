@@ -63,11 +63,14 @@ plugin: $(if $(and $(NVCC),$(CMAKE)),,.venv/.plugin)
 
 # The kernel, then the session on TensorRT and what a step costs, which goes to tests/benchmarks/results.
 # TESTER: a python with pytest, numpy, pydantic and pyyaml, where the machine reaches no registry; for TensorRT,
-# with tensorrt, cuda-bindings, onnx and onnxruntime as well.
+# with tensorrt, cuda-bindings, onnx and onnxruntime as well. ACTIONFORMER: a clone of the official code, against
+# whose NMS the kernel is timed then; that takes torch, and what the benchmark says.
 TESTER ?= $(BIN)/python
 test-gpu: plugin $(if $(filter $(BIN)/python,$(TESTER)),.venv/.gpu)
 	ONSET_NMS_LIBRARY=$(abspath $(BUILD))/libonset_nms.so $(TESTER) -m pytest -q -m gpu --confcutdir=tests/gpu tests/gpu
 	$(TESTER) -m tests.benchmarks.tensorrt
+	$(if $(ACTIONFORMER),ONSET_NMS_LIBRARY=$(abspath $(BUILD))/libonset_nms.so $(TESTER) -m tests.benchmarks.nms \
+	    --actionformer $(ACTIONFORMER) --output tests/benchmarks/results)
 
 # A million hostile messages, in some minutes: it ends with one line of counts.
 fuzz: .venv/.dev

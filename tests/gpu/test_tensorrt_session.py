@@ -5,7 +5,7 @@ The shipped bundle, and those of ONSET_BUNDLES (folders with `:` between) beside
 
 from __future__ import annotations
 
-import ctypes
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -14,10 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import ConfigError, OnnxSession, Session, read_bundle, tensorrt_api
-from engine.gpu import Gpu
-from engine.nms_reference import NmsSettings, keep
+from engine import (
+    ConfigError,
+    OnnxSession,
+    Session,
+    compiler,
+    read_bundle,
+    tensorrt_api,
+    write_bundle,
+)
+from engine.nms_reference import keep
 from engine.plans import PlanCache
+from engine.session import SEGMENTS
 from engine.tensorrt_session import TensorRtSession
 from tests.gpu import driver
 
@@ -139,70 +147,47 @@ def test_plans_are_built_once(bundle: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in PlanCache(bundle).folder.glob("*.plan")} == before
 
 
-def test_onset_nms_inside_of_a_plan_agrees_with_its_oracle(bundle: Path) -> None:
-    """The step with an OnsetNMS node behind it keeps what the oracle keeps of the plan's own moments."""
-    onnx = pytest.importorskip("onnx")
-    library = Path(os.environ.get("ONSET_NMS_LIBRARY", "build/libonset_nms.so"))
-    if not library.is_file():
-        pytest.skip(f"needs {library}: make plugin")
-    plugin = ctypes.CDLL(str(library.resolve()))
-    tensorrt_api.version()  # loads TensorRT, whose registry the plugin is entered into
-    if not hasattr(plugin, "onset_nms_register") or plugin.onset_nms_register() == 1:
-        pytest.skip("needs the adapter of this TensorRT: TENSORRT_INCLUDE=FOLDER make plugin")
-    manifest, graph = read_bundle(bundle)
-    settings = NmsSettings(hop=manifest.frame.hop, score_threshold=0.01, max_segments=8, top_k=64)
-    rows, memory_size = 4, 1 + 3 * 16
-    kept_names = ["segments", "scores", "labels", "number", "next_memory"]
-    model = onnx.load_model_from_string(graph)
-    attributes = settings.model_dump(exclude={"method"}) | {"soft": int(settings.method == "soft")}
-    model.graph.node.append(
-        onnx.helper.make_node(
-            "OnsetNMS", ["end", "end_offsets", "memory"], kept_names, domain="onset", **attributes
-        )
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_onset_nms_inside_of_a_plan_agrees_with_its_oracle(bundle: Path, precision: Any) -> None:
+    """What a plan keeps is, to the last bit, what the oracle keeps of the moments that the plan says."""
+    library = Path(os.environ.get("ONSET_NMS_LIBRARY", compiler.PLUGIN))
+    try:
+        tensorrt_api.load_plugin(library)
+    except ConfigError as problem:
+        pytest.skip(f"needs the NMS plugin: {problem}")
+    eager(bundle)
+    session = TensorRtSession(
+        bundle, slots=9, precision=precision, streams=(4,), segments=True, plugin=library
     )
-    float32, int32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
-    value = onnx.helper.make_tensor_value_info
-    model.graph.input.append(value("memory", float32, ["B", memory_size]))
-    most = settings.max_segments
-    for name, kind, shape in zip(
-        kept_names,
-        (float32, float32, int32, int32, float32),
-        (["B", most, 2], ["B", most], ["B", most], ["B"], ["B", memory_size]),
-        strict=True,
-    ):
-        model.graph.output.append(value(name, kind, shape))
-    model.opset_import.append(onnx.helper.make_opsetid("onset", 1))
-    content, _ = tensorrt_api.build(
-        model.SerializeToString(), rows, "fp32", 2**30, b"", lambda doing, done: None
-    )
-    plan, gpu = tensorrt_api.Plan(content, rows), Gpu()
-    pinned = {name: gpu.pin(4 * int(np.prod(t.shape))) for name, t in plan.tensors.items()}
-    arrays = {n: p.view(plan.tensors[n].dtype).reshape(plan.tensors[n].shape) for n, p in pinned.items()}
-    addresses = {name: gpu.allocate(block.nbytes) for name, block in pinned.items()}
-    for name, address in addresses.items():
-        plan.bind(name, address)
-
-    def run() -> None:
-        for name in ("samples", "mask", "state", "memory"):
-            gpu.upload(addresses[name], pinned[name])
-        plan.enqueue(gpu.stream)
-        for name in addresses.keys() - {"samples", "mask", "state", "memory"}:
-            gpu.download(pinned[name], addresses[name])
-
-    random = np.random.default_rng(4)
-    for name in ("state", "memory"):
-        arrays[name][:] = 0
-    arrays["mask"][:] = 1
-    found, replay = 0, run
-    for number in range(40):
-        arrays["samples"][:] = random.standard_normal(arrays["samples"].shape)
-        replay()
-        gpu.wait()
-        expected = keep(arrays["end"], arrays["end_offsets"], arrays["memory"], settings)
-        for name, array in zip(kept_names, expected, strict=True):
-            np.testing.assert_array_equal(arrays[name], array)
-        found += int(expected.number.sum())
-        arrays["state"][:], arrays["memory"][:] = arrays["next_state"], arrays["next_memory"]
-        if number == 0:
-            replay = gpu.captured(run)
+    manifest, random = session.manifest, np.random.default_rng(4)
+    assert manifest.nms is not None
+    slots = [session.open() for _ in range(9)]
+    memory, found = np.zeros((9, manifest.nms.memory_size), np.float32), 0
+    for _ in range(60):
+        chosen = random.permutation(9)[: random.integers(1, 10)]
+        samples = random.standard_normal((len(chosen), manifest.chunk_samples, manifest.frame.channels))
+        mask = random.random((len(chosen), manifest.chunk)) > 0.1
+        step = session.step([slots[i] for i in chosen], samples.astype(np.float32), mask)
+        scores = step["end"] + (np.float32(1e4) * (mask.astype(np.float32) - np.float32(1)))[..., None]
+        kept = keep(scores, step["end_offsets"], memory[chosen], manifest.nms.settings)
+        memory[chosen] = kept.memory
+        for name, expected in zip(SEGMENTS, kept, strict=False):
+            np.testing.assert_array_equal(step[name], expected, err_msg=name)
+        found += int(kept.number.sum())
     assert found, "nothing was kept, so nothing was shown"
+
+
+def eager(bundle: Path) -> None:
+    """Noise says little that is worth keeping: an ending that asks for next to nothing."""
+    onnx = pytest.importorskip("onnx")
+    manifest, graph = read_bundle(bundle)
+    assert manifest.nms is not None
+    ending = onnx.load_model_from_string((bundle / "nms.onnx").read_bytes())
+    (asked,) = [a for a in ending.graph.node[-1].attribute if a.name == "score_threshold"]
+    asked.f = 0.01
+    content = ending.SerializeToString()
+    settings = manifest.nms.settings.model_copy(update={"score_threshold": 0.01})
+    nms = manifest.nms.model_copy(
+        update={"settings": settings, "sha256": hashlib.sha256(content).hexdigest()}
+    )
+    write_bundle(bundle, manifest.model_copy(update={"nms": nms}), graph, content)

@@ -108,7 +108,8 @@ class Nms(Strict):
 
     Its scores are the logits `end` [B, chunk, K], less 10^4 where the frame is missing, its offsets
     `end_offsets`, its memory `memory` [B, 1 + 3 * remembered]; it gives `Kept._fields`, the last of them as
-    `next_memory`.
+    `next_memory`. `settings` are the node's attributes, for the oracle: after a change of `decoding` the run
+    has to be exported again.
     """
 
     settings: NmsSettings

@@ -289,9 +289,11 @@ class Worker:
             log.error("the bundle stays %s: %s", self.session.manifest.id, problem)
             self._around.notifier.ready()
             return
-        self._around.reload.request()  # not forgotten, should the commit fail
-        self._commit(at_once=True)
-        self._around.reload.is_due()
+        try:
+            self._commit(at_once=True)
+        except KafkaError:
+            self._around.reload.request()  # the next life swaps it
+            raise
         numbers = set(self._partitions)
         for partition in self._partitions.values():
             partition.leave()

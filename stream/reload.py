@@ -27,18 +27,18 @@ class Reload:
         self._requested.set()
 
     def is_due(self) -> bool:
-        """Whether to take it anew now; true once for each reason."""
-        due = self._requested.is_set()
-        self._requested.clear()
-        if due:  # what it asks for is what is there now: to be seen as changed a second later, it is too late
-            self._known = self._look() or self._known
-        if self._watch and self._clock() - self._looked >= _LOOK_SECONDS:
-            self._looked = self._clock()
-            found = self._look()
-            # Absent: it is just being written.
-            if found is not None and found != self._known:
-                self._known, due = found, True
-        return due
+        """Whether to take it anew now, as it is now; true once for each reason."""
+        is_requested = self._requested.is_set()
+        if is_requested:  # else a request that comes just now would be forgotten
+            self._requested.clear()
+        elif not self._watch or self._clock() - self._looked < _LOOK_SECONDS:
+            return False
+        self._looked = self._clock()
+        found = self._look()
+        # Absent: it is just being written.
+        is_changed = found is not None and found != self._known
+        self._known = found or self._known
+        return is_requested or is_changed
 
     def _look(self) -> tuple[int, int, int] | None:
         try:

@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
 import time
 import urllib.request
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
+import pytest
+import yaml
+from kafka import KafkaAdminClient, KafkaProducer, OffsetAndMetadata, TopicPartition
+from kafka.errors import KafkaError, KafkaTimeoutError
+
+from stream import kafka_source
+from stream.counters import Counters
+from stream.kafka_delivery import Delivery, open_delivery
+from stream.kafka_source import KafkaSource, KafkaSourceSettings
 from tests.kafka.broker import Cluster
-from tests.kafka.flow import Feed, WorkerProcess, await_ends, messages_of, readiness, worker_config
+from tests.kafka.flow import (
+    Feed,
+    WorkerProcess,
+    await_ends,
+    await_line,
+    expected_events,
+    messages_of,
+    read_events,
+    readiness,
+    worker_config,
+)
 from tests.kafka.ports import free_port
 
 
@@ -45,3 +68,190 @@ def test_a_worker_whose_broker_is_away_is_not_ready_until_it_is_back(
                 assert answer.status == 200
         finally:
             worker.stop()
+
+
+def take_identity(cluster: Cluster, identity: str, seconds: float = 60.0) -> KafkaProducer:
+    """A producer with a transactional id: what another left open under it is over, and it commits no more."""
+    producer = KafkaProducer(
+        **cluster.client_settings(),
+        transactional_id=identity,
+        transaction_timeout_ms=round(1000 * seconds),
+    )
+    producer.init_transactions()
+    return producer
+
+
+def fence(cluster: Cluster, group: str) -> None:
+    """Take its identity from the only worker of a group."""
+    with closing(KafkaAdminClient(**cluster.client_settings())) as admin:
+        listed = [entry.transactional_id for broker in admin.list_transactions().values() for entry in broker]
+    (identity,) = [name for name in listed if name.startswith(f"{group}-")]
+    take_identity(cluster, identity).close()
+
+
+def test_a_bundle_that_could_not_take_over_for_a_failed_commit_does_after_it(
+    kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, other_bundle: Path, tmp_path: Path
+) -> None:
+    bundle, log = tmp_path / "bundle", tmp_path / "log"
+    shutil.copytree(tiny_bundle, bundle)
+    topics = {"frames": topic(), "events": topic()}
+    # Nothing is committed before the swap: it is the swap's commit that fails.
+    rare = {"delivery": "at-least-once", "commit_interval": 60.0}
+    config = worker_config(tmp_path, bundle, kafka, topics, kafka=rare, watch_bundle=False)
+    messages = messages_of(2, 1000)
+    feed = Feed(kafka, topics["frames"])
+    half = len(messages) // 2
+    feed.send(messages[:half])
+    worker = WorkerProcess(config, log)
+    try:
+        deadline = time.monotonic() + 60
+        while len(read_events(kafka, topics["events"])) < 2:
+            assert time.monotonic() < deadline, "no event came"
+        fence(kafka, topics["frames"] + "-group")
+        shutil.copytree(other_bundle, bundle, dirs_exist_ok=True)
+        worker.process.send_signal(signal.SIGHUP)
+        await_line(log, "beginning anew from the last commit")
+        await_line(log, "takes over from")
+        feed.send(messages[half:])
+        feed.close()
+        events = await_ends(kafka, topics["events"], ["s0", "s1"], 60)
+    finally:
+        worker.stop()
+    said = log.read_text()
+    assert said.index("beginning anew from the last commit") < said.index("takes over from")
+    assert said.count("takes over from") == 1
+    for stream, expected in expected_events(tiny_bundle, messages).items():
+        assert events[stream][-1] != expected[-1], "the other bundle has the last word"
+
+
+def settings_of(cluster: Cluster, topics: dict[str, str], **changes: object) -> KafkaSourceSettings:
+    values = {
+        "connection": {"bootstrap": cluster.bootstrap},
+        "group": topics["frames"] + "-group",
+        "topic": topics["frames"],
+        "events": topics["events"],
+        "session_timeout": 3.0,
+        "transaction_timeout": 5.0,
+    }
+    return KafkaSourceSettings.model_validate(values | changes)
+
+
+def settings_in(config: Path) -> KafkaSourceSettings:
+    return KafkaSourceSettings.model_validate(yaml.safe_load(config.read_text())["source"]["kafka"])
+
+
+def joined(settings: KafkaSourceSettings, identity: str) -> tuple[KafkaSource, Delivery]:
+    """A member that holds partition 0, and its delivery."""
+    source = KafkaSource(settings)
+    deadline = time.monotonic() + 60
+    gained: set[int] = set()
+    while 0 not in gained:
+        assert time.monotonic() < deadline, "it was given no partition"
+        gained |= source.poll(5.0).gained
+    return source, open_delivery(settings, source, Counters(), identity)
+
+
+@pytest.mark.parametrize("delivery", ["exactly-once", "at-least-once"])
+def test_a_worker_that_does_not_know_that_it_lost_its_partitions_writes_neither_state_nor_offsets(
+    delivery: str, kafka: Cluster, topic: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topics = {"frames": topic(), "events": topic()}
+    settings = settings_of(kafka, topics, delivery=delivery)
+    key, text = b"life:one", '{"v":1,"rewind":0,"clock":0}'
+    zombie, late = joined(settings, "zombie")
+    late.commit([(0, key, b"before")], {0: (1, text)})
+    unaware = zombie.membership()
+    zombie.close()
+    monkeypatch.setattr(zombie, "membership", lambda: unaware)
+    successor, delivered = joined(settings, "successor")
+    try:
+        delivered.commit([(0, key, b"the successor's")], {0: (2, text)})
+        with pytest.raises(KafkaError):
+            late.commit([(0, key, b"the zombie's"), (0, b"life:other", b"the zombie's")], {0: (3, text)})
+        late.close()
+        take_identity(kafka, f"{settings.group}-zombie").close()
+        found = successor.resumption({0})[0]
+    finally:
+        delivered.close()
+        successor.close()
+    assert found.committed == 2
+    assert found.records == {key: b"the successor's"}
+
+
+class LeftOpen:
+    """A transaction of the group that its worker has left open: it has written `what`."""
+
+    def __init__(self, cluster: Cluster, settings: KafkaSourceSettings, what: str, seconds: float) -> None:
+        self._producer = take_identity(cluster, f"{settings.group}-dead", seconds)
+        self._producer.begin_transaction()
+        if what == "state":
+            self._producer.send(settings.state_topic, key=b"life:one", value=b"junk", partition=0).get(30)
+        else:
+            place = TopicPartition(settings.topic, 0)
+            offsets = {place: OffsetAndMetadata(1, "", -1)}
+            self._producer.send_offsets_to_transaction(offsets, settings.group)
+
+    def abort(self) -> None:
+        """End it."""
+        self._producer.abort_transaction()
+
+    def close(self) -> None:
+        """Hang up; it stays open."""
+        self._producer.close(timeout=0)
+
+
+@pytest.mark.parametrize("what", ["offsets", "state"])
+def test_a_transaction_that_does_not_end_is_waited_for_but_not_for_ever(
+    what: str, kafka: Cluster, topic: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(kafka, {"frames": topic(), "events": topic()})
+    monkeypatch.setattr(kafka_source, "_SETTLE_SECONDS", 3.0)
+    waits = []
+    with (
+        closing(KafkaSource(settings, lambda: waits.append(time.monotonic()))) as source,
+        closing(LeftOpen(kafka, settings, what, 60.0)) as left,
+    ):
+        with pytest.raises(KafkaTimeoutError):
+            source.resumption({0})
+        assert len(waits) > 2, "the service could have been stopped meanwhile"
+        left.abort()
+        found = source.resumption({0})[0]
+    assert (found.committed, found.records) == (0, {})
+
+
+@pytest.mark.parametrize("what", ["offsets", "state"])
+def test_a_worker_behind_the_transaction_of_a_dead_one_begins_when_the_broker_gives_that_up(
+    what: str, kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    topics = {"frames": topic(), "events": topic()}
+    config = worker_config(tmp_path, tiny_bundle, kafka, topics)
+    settings = settings_in(config)
+    messages = messages_of(2, 300)
+    feed = Feed(kafka, topics["frames"])
+    feed.send(messages)
+    feed.close()
+    KafkaSource(settings).close()  # makes the topic of the state
+    LeftOpen(kafka, settings, what, 6.0).close()
+    worker = WorkerProcess(config, tmp_path / "log")
+    try:
+        events = await_ends(kafka, topics["events"], ["s0", "s1"], 60)
+    finally:
+        status = worker.stop()
+    assert status == 0
+    assert events == expected_events(tiny_bundle, messages)
+
+
+def test_a_worker_behind_an_open_transaction_stops_when_told(
+    kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    topics = {"frames": topic(), "events": topic()}
+    config = worker_config(tmp_path, tiny_bundle, kafka, topics)
+    settings = settings_in(config)
+    KafkaSource(settings).close()
+    with closing(LeftOpen(kafka, settings, "offsets", 120.0)) as left:
+        worker = WorkerProcess(config, tmp_path / "log")
+        await_line(tmp_path / "log", "ready: reading topic")
+        time.sleep(3.0)  # it has joined, and waits; had it not, it would stop all the more
+        assert worker.stop() == 0
+        left.abort()
+    assert "stopped before its partitions were taken up" in (tmp_path / "log").read_text()

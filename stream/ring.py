@@ -132,6 +132,9 @@ class Ring:
             self._next = max(0, seq - self._reorder)
         elif self._origin is None and self._head <= self._next:
             self._next = max(self._next, seq - self._reorder)  # nothing is held: the window is free to move
+        elif self._origin is None:
+            # Behind a cut, what is held may begin far off; what is given up before it takes no room.
+            self._next = max(self._next, min(self._first_present(self._next, self._head), self._given_up))
         stop = min(seq + n, self._next + self.capacity)
         if stop <= seq:
             if n:

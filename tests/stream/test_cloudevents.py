@@ -205,3 +205,21 @@ def test_no_two_events_share_an_id_whatever_befalls_a_stream(tiny_bundle: Path, 
     streams.runtime.stop()
     ids = Counter(record(event).id for event in streams.events)
     assert max(ids.values(), default=1) == 1, [e for e in streams.events if ids[record(e).id] > 1]
+
+
+def test_a_stream_whose_segment_is_cut_with_samples_far_ahead_goes_on(tiny_bundle: Path) -> None:
+    """An overflow ends the segment while the ring holds what follows a long silence, to its last place."""
+    streams = Streams(tiny_bundle)
+    samples = wave(0, 400)
+    broken = samples[:16].copy()
+    broken[-1] = 3e38
+    streams.send(0, broken)
+    streams.send(50, samples[50:54])
+    streams.runtime.end("a")
+    for _ in range(100):
+        if not streams.runtime.run_ready():
+            break
+    else:
+        raise AssertionError("it never ended")
+    streams.runtime.stop()
+    assert [event.type for event in streams.events][-1] == "stream.ended"

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 from engine import compiler, tensorrt_api
-from engine.errors import OnsetError
+from engine.errors import BundleError, OnsetError
 from engine.gpu import Gpu
 from engine.manifest import read_bundle, with_nms
 from engine.plans import PlanCache
@@ -149,8 +149,10 @@ def _plugin(path: Path) -> Finding:
 def _graphs(bundle: Path) -> dict[str, bytes]:
     """What plans of a bundle may be of, by a word or two to tell them apart."""
     manifest, graph = read_bundle(bundle)
-    ending = {" with segments": with_nms(bundle, manifest, graph)} if manifest.nms else {}
-    return {"": graph} | ending
+    try:
+        return {"": graph, " with segments": with_nms(bundle, manifest, graph)}
+    except BundleError:
+        return {"": graph}  # without an ending, or not with the one that it had: it runs all the same
 
 
 def _plans(bundle: Path, graphs: dict[str, bytes], gpu: Gpu | None) -> Finding:

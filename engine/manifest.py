@@ -114,7 +114,12 @@ class Nms(Strict):
 
     settings: NmsSettings
     remembered: int = Field(ge=1, le=4096, description="emitted segments that a stream remembers")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the file")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="see `digest`")
+
+    @staticmethod
+    def digest(settings: NmsSettings, file: bytes) -> str:
+        """What `sha256` has to be: of both, so that neither is changed alone."""
+        return hashlib.sha256(file + settings.model_dump_json().encode()).hexdigest()
 
     @property
     def memory_size(self) -> int:
@@ -262,9 +267,10 @@ def with_nms(folder: Path, manifest: Manifest, graph: bytes) -> bytes:
         ending = path.read_bytes() if path.stat().st_size <= MAX_NMS_BYTES else b""
     except OSError as problem:
         raise BundleError(f"{path}: not readable: {problem.strerror}") from None
-    if hashlib.sha256(ending).hexdigest() != manifest.nms.sha256:
+    if Nms.digest(manifest.nms.settings, ending) != manifest.nms.sha256:
         raise BundleError(
-            f"{path}: is not the file that {MANIFEST} tells of; export or copy the bundle again"
+            f"{path}: is not the file that {MANIFEST} tells of, or its settings were changed there; "
+            "export or copy the bundle again"
         )
     return graph + ending
 

@@ -154,7 +154,7 @@ class OnnxSession:
         self._outputs = [tensor.name for tensor in self._manifest.outputs]
         self._nms: Nms | None = None
         if segments:
-            with_nms(bundle, self._manifest, graph)  # what the oracle does is what the file says
+            with_nms(bundle, self._manifest, graph)  # refuses settings that are not the file's
             self._nms = self._manifest.nms
         self._memories: FloatArray = np.zeros((slots, self._nms.memory_size if self._nms else 0), np.float32)
         self._states: FloatArray = np.zeros((slots, state_size(self._manifest)), np.float32)

@@ -26,6 +26,9 @@ Progress = Callable[[str, float | None], None]
 
 log = logging.getLogger(__name__)
 
+# TensorRT refuses what its registry has already, and a library stays in it as long as the process lives.
+_plugins: set[Path] = set()
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -51,6 +54,8 @@ def load_plugin(library: Path) -> None:
     Raises ConfigError when `library` is missing, or was built for another TensorRT.
     """
     _tensorrt()  # loads the TensorRT whose registry it is to enter
+    if library.resolve() in _plugins:
+        return
     if not library.is_file():
         raise ConfigError(
             f"{library} is not there, the NMS plugin that gives segments; build it with "
@@ -70,6 +75,7 @@ def load_plugin(library: Path) -> None:
             f"{library}: TensorRT {version()} does not take the plugin ({status}); build it with "
             "TENSORRT_INCLUDE naming the headers of that TensorRT"
         )
+    _plugins.add(library.resolve())
 
 
 def build(

@@ -6,8 +6,6 @@ version of its own, so that merged with the step, which it follows, it takes not
 
 from __future__ import annotations
 
-import hashlib
-
 from onnx import ModelProto, TensorProto, helper
 
 from engine.manifest import Decoding, Frame, Nms
@@ -34,7 +32,7 @@ def ending(decoding: Decoding, frame: Frame, chunk: int, classes: int) -> tuple[
         max_segments=min(64, chunk * classes),
     )
     model = _model(settings, chunk, classes).SerializeToString()
-    return Nms(settings=settings, remembered=REMEMBERED, sha256=hashlib.sha256(model).hexdigest()), model
+    return Nms(settings=settings, remembered=REMEMBERED, sha256=Nms.digest(settings, model)), model
 
 
 def _model(settings: NmsSettings, chunk: int, classes: int) -> ModelProto:

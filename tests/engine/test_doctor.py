@@ -192,3 +192,13 @@ def test_compile_without_a_gpu_is_one_sentence_and_status_2(tiny_bundle: Path) -
     assert done.returncode == 2
     assert "cuda-bindings" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_bundle_that_lost_its_ending_is_still_looked_at(
+    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    install(monkeypatch, FakeDriver(), RELEASES[1])
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("plans")))
+    (bundle / "nms.onnx").unlink()
+    compile_bundle(bundle, streams=(2,))
+    assert finding("plans", bundle).found == "fp32 for 2 streams"

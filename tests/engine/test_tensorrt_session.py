@@ -44,7 +44,10 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library that TensorRT takes: all that is seen of the real one, whose kernel takes a GPU."""
-    return library(tmp_path_factory.mktemp("plugin"), "int onset_nms_register(void) { return 0; }")
+    return library(
+        tmp_path_factory.mktemp("plugin"),
+        "static int known; int onset_nms_register(void) { return known++ ? 2 : 0; }",
+    )
 
 
 def library(folder: Path, source: str) -> Path:

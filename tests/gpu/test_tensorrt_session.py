@@ -5,7 +5,6 @@ The shipped bundle, and those of ONSET_BUNDLES (folders with `:` between) beside
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -23,6 +22,7 @@ from engine import (
     tensorrt_api,
     write_bundle,
 )
+from engine.manifest import Nms
 from engine.nms_reference import keep
 from engine.plans import PlanCache
 from engine.session import SEGMENTS
@@ -187,7 +187,5 @@ def eager(bundle: Path) -> None:
     asked.f = 0.01
     content = ending.SerializeToString()
     settings = manifest.nms.settings.model_copy(update={"score_threshold": 0.01})
-    nms = manifest.nms.model_copy(
-        update={"settings": settings, "sha256": hashlib.sha256(content).hexdigest()}
-    )
+    nms = manifest.nms.model_copy(update={"settings": settings, "sha256": Nms.digest(settings, content)})
     write_bundle(bundle, manifest.model_copy(update={"nms": nms}), graph, content)

@@ -132,8 +132,9 @@ def test_frames_too_long_for_the_node_have_no_ending() -> None:
         (lambda bundle: (bundle / "nms.onnx").write_bytes(b""), "is not the file"),
         (lambda bundle: (bundle / "nms.onnx").write_bytes(bytes(2**20)), "is not the file"),
         (lambda bundle: forget(bundle), "has no nms.onnx"),
+        (lambda bundle: loosen(bundle), "its settings were changed"),
     ],
-    ids=["missing", "another", "huge", "never had"],
+    ids=["missing", "another", "huge", "never had", "other settings"],
 )
 def test_without_its_ending_a_bundle_gives_moments_and_refuses_segments(
     tiny_bundle: Path, tmp_path: Path, ruin: Any, sentence: str
@@ -150,6 +151,13 @@ def forget(bundle: Path) -> None:
     """As exported before there were endings."""
     values = json.loads((bundle / "bundle.json").read_text())
     del values["nms"]
+    (bundle / "bundle.json").write_text(json.dumps(values))
+
+
+def loosen(bundle: Path) -> None:
+    """The manifest asks for less than the node does."""
+    values = json.loads((bundle / "bundle.json").read_text())
+    values["nms"]["settings"]["score_threshold"] = 0.001
     (bundle / "bundle.json").write_text(json.dumps(values))
 
 

@@ -7,7 +7,7 @@ a session opens it.
 The ending is an OnsetNMS node (`engine.nms_reference`), for those who want segments rather than moments. It
 is a file of its own, since only TensorRT with our plugin can read it, while `model.onnx` runs anywhere. One
 after the other they are one graph, since two protocol buffers in a row are their merger by definition:
-`cat model.onnx nms.onnx > whole.onnx` is what `trtexec` and a parser in C++ take, and `with_nms` returns.
+`cat model.onnx nms.onnx > whole.onnx` is one for a parser in C++, and what `with_nms` returns.
 """
 
 from __future__ import annotations

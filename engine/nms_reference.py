@@ -70,6 +70,8 @@ _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _TAYLOR = [ONE / np.float32(factorial) for factorial in (5040, 720, 120, 24, 6, 2, 1, 1)]
 _ODD = [ONE / np.float32(odd) for odd in range(15, 0, -2)]
 
+FAR = np.float32(1e4)  # below any logit that says something
+
 Bounded = Annotated[int, Field(ge=1, le=2**16)]
 
 
@@ -203,6 +205,11 @@ def _look_back(offsets: Floats, frame: NDArray[np.int64], age: np.float32, hop: 
     end = back(ended)
     start = back(ended + _exp(b.clip(np.float32(-4), np.float32(10))))
     return np.column_stack([np.minimum(start, end), end])
+
+
+def logits_there(logits: Floats, mask: NDArray[np.bool_]) -> Floats:
+    """Logits [B, N, K], those of missing frames (`mask` [B, N] is False) so low that none is a candidate."""
+    return np.asarray(logits + (FAR * (mask.astype(np.float32) - ONE))[..., None])
 
 
 def probability(logits: Floats) -> Floats:

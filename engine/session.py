@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from engine.errors import BundleError, EngineError
 from engine.manifest import Manifest, Nms, read_bundle, with_nms
-from engine.nms_reference import Kept, keep
+from engine.nms_reference import Kept, keep, logits_there
 
 FloatArray = NDArray[np.float32]
 Array = NDArray[Any]  # float32; the labels and numbers of segments are int32
@@ -172,7 +172,7 @@ class OnnxSession:
     @property
     def state_bytes(self) -> int:
         """Bytes of one stream's state: the same however long the stream runs."""
-        return int(self._states[0].nbytes)
+        return int(self._states[0].nbytes + self._memories[0].nbytes)
 
     def open(self) -> Slot:
         """See `Session.open`."""
@@ -204,7 +204,7 @@ class OnnxSession:
         moments: dict[str, Array] = {n: v[:rows] for n, v in zip(self._outputs, outputs, strict=True)}
         if self._nms is None:
             return moments
-        scores = moments["end"] + (np.float32(1e4) * (mask.astype(np.float32) - np.float32(1)))[..., None]
+        scores = logits_there(moments["end"], mask)
         kept = keep(scores, moments["end_offsets"], self._memories[index], self._nms.settings)
         self._memories[index] = kept.memory
         return moments | dict(zip(SEGMENTS, kept, strict=False))

@@ -171,19 +171,20 @@ class KafkaSource:
 
     @property
     def silence(self) -> float:
-        """Seconds since a broker answered last; `poll` sees to it that this is asked."""
-        return time.monotonic() - self._heard
+        """Seconds since a broker answered last, as `poll` left it; 0 before the group was joined."""
+        return time.monotonic() - self._heard if self.has_joined else 0.0
 
     def poll(self, seconds: float) -> Polled:
         """Wait for messages for so long, and a second more where nobody answers. Raises KafkaError."""
         found = self._consumer.poll(timeout_ms=round(1000 * seconds))
         if found:
             self._heard = time.monotonic()
-        elif self.silence > _QUIET_SECONDS:
-            self._ask()
+        elif self.has_joined and self.silence > _QUIET_SECONDS:
+            self._ask()  # not while it joins: what takes its time between two polls may undo that
         lost, gained = self._rebalances.take()
         self._awaiting = (self._awaiting - lost) | gained
-        self.has_joined = self.has_joined or self._rebalances.were_any
+        if not self.has_joined and self._rebalances.were_any:
+            self.has_joined, self._heard = True, time.monotonic()
         records = {
             place.partition: batch
             for place, batch in found.items()

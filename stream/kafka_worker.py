@@ -53,7 +53,7 @@ def work(config: ServiceConfig, settings: KafkaSourceSettings, around: Surroundi
     identity = str(uuid.uuid4())
     is_new = True
     while not around.stop.is_set():
-        worker = None
+        worker, why = None, "not in the group"
         try:
             around.beat()
             worker = Worker(config, settings, around, session, identity)
@@ -68,10 +68,10 @@ def work(config: ServiceConfig, settings: KafkaSourceSettings, around: Surroundi
             if is_new and isinstance(problem, OnsetError):
                 raise
             around.counters.restarts.inc()
-            told = str(problem) if isinstance(problem, OnsetError) else explain(problem, settings.connection)
-            throttle.warning("kafka", f"{told}; beginning anew from the last commit")
+            why = str(problem) if isinstance(problem, OnsetError) else explain(problem, settings.connection)
+            throttle.warning("kafka", f"{why}; beginning anew from the last commit")
         finally:
-            around.health.set("source", False, "not in the group")
+            around.health.set("source", False, why)
             if worker is not None:
                 session = worker.session
                 worker.close()
@@ -126,6 +126,7 @@ class Worker:
     def _round(self) -> None:
         self._around.beat()
         polled = self._source.poll(_POLL_SECONDS if self._source.has_joined else _JOIN_SECONDS)
+        silence = self._source.silence  # now: what this round takes is no silence of the brokers
         for number in polled.lost & self._partitions.keys():
             self._partitions.pop(number).leave()
             with suppress(KeyError):
@@ -145,7 +146,6 @@ class Worker:
         self._look_at_clocks(busy=polled.records.keys())
         self._commit()
         replaying = [number for number, partition in self._partitions.items() if partition.is_replaying]
-        silence = self._source.silence
         if silence > self._kafka.patience:
             told = f"no broker answered for {silence:.0f} s"
             self._around.health.set("source", False, told)
@@ -282,13 +282,19 @@ class Worker:
         """Go on with the bundle as it is now; the old one, where it cannot be used."""
         self._around.notifier.reloading()
         try:
-            session = self._around.engine()
-            self._runtime.check_swap(session)
-            runtime = self._new_runtime(session)
-        except OnsetError as problem:
-            log.error("the bundle stays %s: %s", self.session.manifest.id, problem)
+            try:
+                session = self._around.engine()
+                self._runtime.check_swap(session)
+                runtime = self._new_runtime(session)
+            except OnsetError as problem:
+                log.error("the bundle stays %s: %s", self.session.manifest.id, problem)
+                return
+            self._hand_over(session, runtime)
+        finally:
             self._around.notifier.ready()
-            return
+
+    def _hand_over(self, session: Session, runtime: Runtime) -> None:
+        """Commit with the old bundle, take partitions up with the new. Raises KafkaError, DataError."""
         try:
             self._commit(at_once=True)
         except KafkaError:
@@ -300,9 +306,8 @@ class Worker:
         self._partitions.clear()
         log.info("bundle %s takes over from %s", session.manifest.id, self.session.manifest.id)
         self.session, self._runtime = session, runtime
-        self._take_up(numbers)
         self._counters.bundle_swaps.inc()
-        self._around.notifier.ready()
+        self._take_up(numbers)
 
     def _new_runtime(self, session: Session) -> Runtime:
         return Runtime(session, self._hear, self._config, self._counters, self._decoding(session))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from onnx import ModelProto, TensorProto, helper
 
 from engine.manifest import Decoding, Frame, Nms
-from engine.nms_reference import LARGEST_TIME, MAX_HOP, Kept, NmsSettings
+from engine.nms_reference import FAR, LARGEST_TIME, MAX_HOP, Kept, NmsSettings
 
 DOMAIN = "onset"
 REMEMBERED = 64
@@ -36,8 +36,8 @@ def ending(decoding: Decoding, frame: Frame, chunk: int, classes: int) -> tuple[
 
 
 def _model(settings: NmsSettings, chunk: int, classes: int) -> ModelProto:
-    # 0 for a frame that is there, -10^4 for one that is not, which no logit survives.
-    constants = {"one": 1.0, "far": 1e4}
+    # As `logits_there`: 0 is added for a frame that is there.
+    constants = {"one": 1.0, "far": float(FAR)}
     names = {name: f"nms/{name}" for name in (*constants, "axes", "missing", "off", "each", "scores")}
     nodes = [
         helper.make_node("Sub", ["mask", names["one"]], [names["missing"]]),

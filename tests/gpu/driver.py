@@ -63,7 +63,7 @@ class Gpu:
     def download(self, like: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """What lies there once the stream has done its work; as many bytes as `like` has."""
         after = np.empty_like(like)
-        self._do("cuStreamSynchronize", self._stream)
+        self.wait()
         self._do("cuMemcpyDtoH_v2", after.ctypes.data_as(ctypes.c_void_p), self._base, _size(after))
         return after
 

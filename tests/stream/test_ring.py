@@ -300,6 +300,27 @@ def test_cut_begins_a_new_grid_at_the_next_sample() -> None:
     assert (first.origin, second.origin, second.first_sample) == (0, 4, 4)
 
 
+@given(data=st.data())
+def test_a_ring_that_takes_no_more_has_something_to_pop(data: st.DataObject) -> None:
+    """Also behind a cut, which may come while the ring holds what follows a silence, up to its last place."""
+    draw = data.draw
+    ring = make(reorder=draw(st.integers(0, 6)), max_gap=draw(st.integers(0, 12)))
+    at = 0
+    for _ in range(draw(st.integers(1, 12))):
+        at += draw(st.integers(0, 40))
+        stop = at + draw(st.integers(1, 20))
+        popped: Chunk | Gap | End | None = None
+        idle = 0
+        while at < stop:
+            taken = ring.push(at, signal(at, stop)).taken
+            at += taken
+            if popped is not None and draw(st.booleans()):
+                ring.cut()  # what it said was of no use
+            popped = ring.pop()
+            idle = 0 if taken or popped is not None else idle + 1
+            assert idle < 3, "it takes nothing and gives nothing"
+
+
 def test_history_keeps_the_newest_popped_samples_of_the_segment() -> None:
     ring = make()
     for start in range(0, 100, 4):

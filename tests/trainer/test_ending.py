@@ -15,6 +15,7 @@ from onnx.reference.op_run import OpRun
 from engine import BundleError, Decoding, Frame, OnnxSession, read_bundle
 from engine.manifest import Nms, with_nms
 from engine.nms_reference import NmsSettings, keep
+from engine.session import state_size
 from tests.trainer.test_export import READ_BY_8_5
 from trainer.ending import ending
 
@@ -56,7 +57,7 @@ def test_the_graph_with_it_gives_the_segments_that_a_session_gives(tiny_bundle: 
     session = OnnxSession(tiny_bundle, slots=3, threads=1, segments=True)
     slots = [session.open() for _ in range(3)]
     random = np.random.default_rng(0)
-    state = np.zeros((3, session.state_bytes // 4), np.float32)
+    state = np.zeros((3, state_size(manifest)), np.float32)
     memory, kept = np.zeros((3, manifest.nms.memory_size), np.float32), 0
     names = [output.name for output in evaluator.proto_.graph.output]
     for _ in range(40):

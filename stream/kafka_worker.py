@@ -26,7 +26,7 @@ from stream.events import Event
 from stream.kafka_connection import explain
 from stream.kafka_delivery import open_delivery
 from stream.kafka_source import KafkaSource, KafkaSourceSettings
-from stream.partition import Partition, maker_of, warm_chunks
+from stream.partition import Partition, check_marks, maker_of, warm_chunks
 from stream.runtime import Runtime
 from stream.surroundings import Surroundings
 from stream.throttle import Throttle
@@ -310,7 +310,9 @@ class Worker:
         self._take_up(numbers)
 
     def _new_runtime(self, session: Session) -> Runtime:
-        return Runtime(session, self._hear, self._config, self._counters, self._decoding(session))
+        decoding = self._decoding(session)
+        check_marks(session.manifest, decoding, self._config)
+        return Runtime(session, self._hear, self._config, self._counters, decoding)
 
     def _decoding(self, session: Session) -> Decoding:
         return overridden(session.manifest.decoding, self._config.decoding, "decoding")

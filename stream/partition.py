@@ -24,13 +24,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.errors import ConfigError
 from engine.manifest import Decoding, Manifest
-from stream.checkpoint import Committed, Life, Mark, key_of, packed, read_records
+from stream.checkpoint import MAX_RECORD_BYTES, Committed, Life, Mark, key_of, packed, read_records
 from stream.config import RuntimeSettings
 from stream.events import Event
 from stream.live_stream import MISFITS, Standing
+from stream.ring import Ring
 from stream.runtime import Runtime
-from stream.tracker import TIME_DIGITS, OpenAction
+from stream.tracker import TIME_DIGITS, OpenAction, Tracker
 from stream.wire import Message
 
 log = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ NO_PLACE = "max_streams"
 _MAKER_MARK = "#"  # in no bundle's id
 # Ended streams that are remembered in the topic; see stream.runtime.
 _REMEMBERED = 1024
+# Of a mark's record, what is neither ring nor tracker: names, the key, and what Kafka and gzip add.
+_BESIDE_BYTES = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -437,3 +441,21 @@ def warm_chunks(manifest: Manifest, max_gap: float) -> int:
     """
     frames = manifest.receptive_field + manifest.period + math.ceil(max_gap * manifest.frame.rate)
     return -(-frames // manifest.chunk)
+
+
+def check_marks(manifest: Manifest, decoding: Decoding, settings: RuntimeSettings) -> None:
+    """Raises ConfigError where a stream's mark may not fit into a record, which would be found out late."""
+    frame = manifest.frame
+    ring = Ring(
+        frame.hop, manifest.chunk, frame.channels, frame.sample_rate, settings.reorder, settings.max_gap
+    ).largest_save
+    tracker = Tracker.largest_save(manifest, decoding)
+    size = ring + tracker + _BESIDE_BYTES
+    if size > MAX_RECORD_BYTES:
+        raise ConfigError(
+            f"the state of one stream may take {size} bytes, expected at most {MAX_RECORD_BYTES}: "
+            f"{tracker} for `decoding.max_duration` ({decoding.max_duration:g} s, "
+            f"{len(manifest.classes)} classes), {ring} for `reorder` and `max_gap` "
+            f"({frame.channels} channels); lower "
+            + ("`decoding.max_duration`" if tracker > ring else "`max_gap`")
+        )

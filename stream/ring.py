@@ -213,6 +213,12 @@ class Ring:
             "samples": self._samples[slots[present]].astype("<f4").tobytes(),
         }
 
+    @property
+    def largest_save(self) -> int:
+        """Bytes that `save` takes as msgpack, at most: a sample may have an anchor of its own."""
+        sample = 1 + 4 * int(self._samples.shape[1]) + 5 + 2 * 9
+        return 1024 + (self.capacity + 2) * sample
+
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Become the ring that was saved. Raises ValueError when it was one of another shape."""
         present = np.frombuffer(saved["present"], np.bool_)

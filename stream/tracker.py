@@ -19,6 +19,7 @@ more than `nms_tiou`; the state is bounded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, replace
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from stream.course import GOING_ON, Course
 from stream.decoder import SCORE_DIGITS, Moments, decode
 from stream.events import Event, instance_id
 from stream.history import History
-from stream.nms import Emitted
+from stream.nms import MOST, Emitted
 
 TIME_DIGITS = 6
 SWAPPED = "another bundle took over, which does not know this action"
@@ -40,6 +41,7 @@ SWAPPED = "another bundle took over, which does not know this action"
 FADING, MISSED = 0.05, 4.0
 # What an action lasts where the bundle does not tell, in times of `hold`.
 USUAL = 10.0
+_ID_BYTES = 24  # see `instance_id`
 # The least evidence that ends an action, however short it usually is, in seconds of missing probability.
 LEAST = 0.1
 
@@ -229,6 +231,16 @@ class Tracker:
             "history": self._history.save(),
             "course": self._course.save(),
         }
+
+    @staticmethod
+    def largest_save(manifest: Manifest, decoding: Decoding) -> int:
+        """Bytes that `save` takes as msgpack, at most: 9 for a number, 5 for a list beside what it holds."""
+        longest = max(manifest.frame.hop, decoding.max_duration * manifest.frame.sample_rate + 1)
+        frames = math.ceil(longest / manifest.frame.hop) + manifest.lookahead + 1
+        emitted = 5 + MOST * (5 + 3 * 9)
+        action, candidates = 5 + 3 * 9 + 5 + _ID_BYTES, 2 * (5 + 5 * 9)
+        others = 8 + 9 + 9 + 6 * 9  # what is told, borders, what is endless, the course
+        return 1024 + len(manifest.classes) * (2 * frames + emitted + action + candidates + others)
 
     @classmethod
     def restored(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import signal
 import time
@@ -15,12 +17,15 @@ import yaml
 from kafka import KafkaAdminClient, KafkaProducer, OffsetAndMetadata, TopicPartition
 from kafka.errors import KafkaError, KafkaTimeoutError
 
+from engine import read_bundle
 from stream import kafka_source
+from stream.checkpoint import MAX_RECORD_BYTES
 from stream.counters import Counters
 from stream.kafka_delivery import Delivery, open_delivery
 from stream.kafka_source import KafkaSource, KafkaSourceSettings
 from tests.kafka.broker import Cluster
 from tests.kafka.flow import (
+    DECODING,
     Feed,
     WorkerProcess,
     await_ends,
@@ -32,6 +37,9 @@ from tests.kafka.flow import (
     worker_config,
 )
 from tests.kafka.ports import free_port
+from tests.tiny import random_detector, write_bundle_of
+from trainer.detector import DetectorShape
+from trainer.pyramid import PyramidShape
 
 
 def await_readiness(port: int, status: int, why: str = "", seconds: float = 60.0) -> None:
@@ -124,6 +132,57 @@ def test_a_bundle_that_could_not_take_over_for_a_failed_commit_does_after_it(
     assert said.count("takes over from") == 1
     for stream, expected in expected_events(tiny_bundle, messages).items():
         assert events[stream][-1] != expected[-1], "the other bundle has the last word"
+
+
+def test_a_bundle_whose_streams_may_not_fit_into_a_record_neither_starts_nor_takes_over(
+    kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    shape = DetectorShape(
+        3, 10, PyramidShape(16, 2, 5, 4, chunk=2, relative=True, expansion=2), hop=4, prior=0.3
+    )
+    ten_classes = write_bundle_of(random_detector(shape), tmp_path / "ten")
+    topics, day = {"frames": topic(), "events": topic()}, {"decoding": DECODING | {"max_duration": 86400.0}}
+    too_large = worker_config(tmp_path, ten_classes, kafka, topics, **day)
+    refused = WorkerProcess(too_large, tmp_path / "refused")
+    assert refused.process.wait(60) == 2
+    why = "lower `decoding.max_duration`"
+    assert why in (tmp_path / "refused").read_text()
+
+    bundle, log = tmp_path / "bundle", tmp_path / "log"
+    shutil.copytree(tiny_bundle, bundle)
+    worker = WorkerProcess(worker_config(tmp_path, bundle, kafka, topics, **day), log)
+    try:
+        await_line(log, "took up 1 partitions")
+        shutil.copytree(ten_classes, bundle, dirs_exist_ok=True)
+        await_line(log, why)
+        feed = Feed(kafka, topics["frames"])
+        feed.send(messages_of(2, 300))
+        feed.close()
+        events = await_ends(kafka, topics["events"], ["s0", "s1"], 60)
+    finally:
+        worker.stop()
+    assert "the bundle stays tiny@" in log.read_text()
+    old = read_bundle(tiny_bundle)[0].id
+    assert {json.loads(event)["bundle"] for told in events.values() for event in told} == {old}
+
+
+def test_the_largest_state_that_is_allowed_is_written_and_read(
+    kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    topics = {"frames": topic(), "events": topic()}
+    settings = settings_in(
+        worker_config(tmp_path, tiny_bundle, kafka, topics, kafka={"transaction_timeout": 60.0})
+    )
+    # Noise, of which nothing can be compressed away; what is beside ring and tracker is left out of it.
+    value = os.urandom(MAX_RECORD_BYTES - 16 * 1024)
+    source, delivery = joined(settings, "me")
+    try:
+        delivery.commit([(0, b"mark:one", value)], {0: (1, '{"v":1,"rewind":0,"clock":0}')})
+        found = source.resumption({0})[0]
+    finally:
+        delivery.close()
+        source.close()
+    assert found.records == {b"mark:one": value}
 
 
 def settings_in(config: Path) -> KafkaSourceSettings:

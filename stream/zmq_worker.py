@@ -8,6 +8,7 @@ bounded rate and put aside. On SIGTERM or SIGINT it processes what has arrived, 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 
@@ -38,6 +39,8 @@ _DRAIN_PAUSE_SECONDS = 0.05
 _DRAIN_SECONDS = 5.0
 # What a stop waits for a broker whose spool is full; systemd's patience (TimeoutStopSec) is longer.
 _LAST_SECONDS = 10.0
+# So long after the last wait for room a spool has some again; one that drains slowly has it now and then.
+_CALM_SECONDS = 5.0
 
 
 def work(config: ServiceConfig, settings: ZmqSettings, around: Surroundings) -> None:
@@ -55,6 +58,7 @@ class Worker:
         """Raises BundleError, ConfigError."""
         self._config, self._around, self._counters = config, around, around.counters
         self._stopping_since = 0.0
+        self._waited_at = -math.inf  # for room in a spool
         session = around.engine()
         around.health.set("engine", True)
         self._sinks = open_sinks(config.sinks, around.counters, self._has_patience)
@@ -82,6 +86,8 @@ class Worker:
         around.ready(source.address)
         while not around.stop.is_set():
             around.beat()
+            if time.monotonic() - self._waited_at > _CALM_SECONDS:
+                around.health.set("sinks", True)
             busy = runtime.has_ready or len(self._inbox)
             source.wait(0.0 if busy else _POLL_SECONDS)
             self._receive(source)
@@ -150,13 +156,15 @@ class Worker:
 
     def _hear(self, events: Sequence[Event]) -> None:
         self._sinks.write(events)
-        self._around.health.set("sinks", True)
         self._counters.observe_events(events, time.time())
 
     def _has_patience(self) -> bool:
         """Whether a full spool may make this wait for its broker: not for ever, once it is to stop."""
         self._around.beat()
-        self._around.health.set("sinks", False, "a spool is full, and its broker takes no events")
+        self._waited_at = time.monotonic()
+        self._around.health.set(
+            "sinks", False, "a spool is full: its broker takes events too slowly, or none at all"
+        )
         if not self._around.stop.is_set():
             return True
         self._stopping_since = self._stopping_since or time.monotonic()

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import yaml
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from engine import BundleError, Decoding, Frame, OnnxSession, read_bundle
+from engine.choice import EngineSettings
 from engine.manifest import Nms, with_nms
 from engine.nms_reference import NmsSettings, keep
-from engine.session import state_size
+from engine.session import SEGMENTS, state_size
 from tests.trainer.test_export import READ_BY_8_5
 from trainer.ending import ending
 
@@ -165,3 +168,23 @@ def loosen(bundle: Path) -> None:
 def test_its_memory_is_bounded_in_the_manifest() -> None:
     with pytest.raises(ValueError, match="remembered"):
         Nms(settings=NmsSettings(hop=1), remembered=10**6, sha256="0" * 64)
+
+
+def test_the_page_on_tensorrt_shows_the_tensors_and_settings_that_there_are() -> None:
+    root = Path(__file__).resolve().parents[2]
+    page, graph = (
+        (root / "engine" / "TENSORRT.md").read_text(),
+        whole(root / "deploy" / "demo" / "bundle").graph,
+    )
+    shapes = {
+        tensor.name: ", ".join(str(d.dim_param or d.dim_value) for d in tensor.type.tensor_type.shape.dim)
+        for tensor in (*graph.input, *graph.output)
+    }
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| (B[B\d, ]*) \|", page, flags=re.M)
+    shown = {name: shape for names, shape in rows for name in re.findall(r"\w+", names)}
+    told = {tensor.name for tensor in graph.input} | set(SEGMENTS)
+    assert shown == {name: shapes[name] for name in told}
+    trtexec = re.findall(r"(\w+):([\dx]+)", page[page.index("--shapes=") :])
+    assert dict(trtexec) == {t.name: shapes[t.name].replace("B", "1").replace(", ", "x") for t in graph.input}
+    (settings,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.S)
+    assert EngineSettings.model_validate(yaml.safe_load(settings)["engine"]).streams == (1, 8, 64)

@@ -60,14 +60,14 @@ def diagnose(bundle: Path | None, plugin: Path) -> Diagnosis:
     """
     here = machine()
     onnxruntime = _onnxruntime()
-    graphs = _graphs(bundle) if bundle is not None else {}
+    graphs, broken = _graphs(bundle) if bundle is not None else ({}, [])
     gpu, card = _gpu(here)
     tensorrt = _tensorrt(here)
     engines = ["onnxruntime"] if onnxruntime.good else []
     if gpu.good and tensorrt.good:
         engines.append("tensorrt")
     about = Finding("machine", True, f"{here}, Python {platform.python_version()}")
-    findings = [about, onnxruntime, gpu, tensorrt, _plugin(plugin)]
+    findings = [about, onnxruntime, gpu, tensorrt, _plugin(plugin), *broken]
     if bundle is not None:
         findings.append(_plans(bundle, graphs, card if tensorrt.good else None))
     return Diagnosis(tuple(findings), tuple(engines))
@@ -146,13 +146,16 @@ def _plugin(path: Path) -> Finding:
     return Finding("NMS plugin", True, str(path))
 
 
-def _graphs(bundle: Path) -> dict[str, bytes]:
-    """What plans of a bundle may be of, by a word or two to tell them apart."""
+def _graphs(bundle: Path) -> tuple[dict[str, bytes], list[Finding]]:
+    """What plans of a bundle may be of, by a word or two to tell them apart; and how its ending is broken."""
     manifest, graph = read_bundle(bundle)
+    if manifest.nms is None:
+        return {"": graph}, []
     try:
-        return {"": graph, " with segments": with_nms(bundle, manifest, graph)}
-    except BundleError:
-        return {"": graph}  # without an ending, or not with the one that it had: it runs all the same
+        return {"": graph, " with segments": with_nms(bundle, manifest, graph)}, []
+    except BundleError as problem:  # it runs all the same, but gives no segments
+        found, _, advice = str(problem).partition("; ")
+        return {"": graph}, [Finding("segments", False, found, advice)]
 
 
 def _plans(bundle: Path, graphs: dict[str, bytes], gpu: Gpu | None) -> Finding:

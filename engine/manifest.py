@@ -117,9 +117,9 @@ class Nms(Strict):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="see `digest`")
 
     @staticmethod
-    def digest(settings: NmsSettings, file: bytes) -> str:
-        """What `sha256` has to be: of both, so that neither is changed alone."""
-        return hashlib.sha256(file + settings.model_dump_json().encode()).hexdigest()
+    def digest(settings: NmsSettings, remembered: int, file: bytes) -> str:
+        """What `sha256` has to be: of all three, so that none is changed alone."""
+        return hashlib.sha256(file + f"{remembered} {settings.model_dump_json()}".encode()).hexdigest()
 
     @property
     def memory_size(self) -> int:
@@ -267,9 +267,9 @@ def with_nms(folder: Path, manifest: Manifest, graph: bytes) -> bytes:
         ending = path.read_bytes() if path.stat().st_size <= MAX_NMS_BYTES else b""
     except OSError as problem:
         raise BundleError(f"{path}: not readable: {problem.strerror}") from None
-    if Nms.digest(manifest.nms.settings, ending) != manifest.nms.sha256:
+    if Nms.digest(manifest.nms.settings, manifest.nms.remembered, ending) != manifest.nms.sha256:
         raise BundleError(
-            f"{path}: is not the file that {MANIFEST} tells of, or its settings were changed there; "
+            f"{path}: is not the file that {MANIFEST} tells of, or what it says there was changed; "
             "export or copy the bundle again"
         )
     return graph + ending

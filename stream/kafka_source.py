@@ -148,7 +148,7 @@ class KafkaSource:
             "reconnect_backoff_max_ms": 1000,
         }
         self._partitions = self._prepare_topics(letters)
-        self._heard = time.monotonic()  # when a broker answered last
+        self._heard = time.monotonic()  # when a broker answered last, or it began to join
         self._questions = 0
         self._rebalances = _Rebalances()
         self._awaiting: set[int] = set()
@@ -173,6 +173,11 @@ class KafkaSource:
     def silence(self) -> float:
         """Seconds since a broker answered last, as `poll` left it; 0 before the group was joined."""
         return time.monotonic() - self._heard if self.has_joined else 0.0
+
+    @property
+    def joining(self) -> float:
+        """Seconds since this began to join the group; 0 once it has."""
+        return 0.0 if self.has_joined else time.monotonic() - self._heard
 
     def poll(self, seconds: float) -> Polled:
         """Wait for messages for so long, and a second more where nobody answers. Raises KafkaError."""
@@ -392,10 +397,16 @@ def _create_state(admin: KafkaAdminClient, name: str, partitions: int) -> None:
 
 def _check_compacted(admin: KafkaAdminClient, name: str) -> None:
     resource = ConfigResource(ConfigResourceType.TOPIC, name)
-    found = admin.describe_configs([resource], config_filter="all")["topic"][name]["cleanup.policy"]["value"]
-    if found != "compact":
+    configs = admin.describe_configs([resource], config_filter="all")["topic"][name]
+    policy, largest = configs["cleanup.policy"]["value"], configs["max.message.bytes"]["value"]
+    alter = f"kafka-configs.sh --alter --entity-type topics --entity-name {name} --bootstrap-server ..."
+    if policy != "compact":
         raise ConfigError(
-            f"`state`: topic {name!r} has cleanup.policy={found}, so the streams' state would be deleted; "
-            f"make it compact: kafka-configs.sh --alter --entity-type topics --entity-name {name} "
-            "--add-config cleanup.policy=compact --bootstrap-server ..."
+            f"`state`: topic {name!r} has cleanup.policy={policy}, so the streams' state would be deleted; "
+            f"make it compact: {alter} --add-config cleanup.policy=compact"
+        )
+    if int(largest) < MAX_RECORD_BYTES:
+        raise ConfigError(
+            f"`state`: topic {name!r} has max.message.bytes={largest}, and a stream's state may not fit; "
+            f"raise it: {alter} --add-config max.message.bytes={MAX_RECORD_BYTES}"
         )

@@ -146,14 +146,16 @@ class Worker:
         self._look_at_clocks(busy=polled.records.keys())
         self._commit()
         replaying = [number for number, partition in self._partitions.items() if partition.is_replaying]
+        missing = ""
         if silence > self._kafka.patience:
-            told = f"no broker answered for {silence:.0f} s"
-            self._around.health.set("source", False, told)
-            self._throttle.warning("kafka", told)
+            missing = f"no broker answered for {silence:.0f} s"
+        elif (joining := self._source.joining) > 0:
+            missing = f"the group {self._kafka.group} is being joined, for {joining:.0f} s by now"
         elif replaying:
-            self._around.health.set("source", False, f"partitions {replaying} are brought back")
-        elif self._source.has_joined:
-            self._around.health.set("source", True)
+            missing = f"partitions {replaying} are brought back"
+        self._around.health.set("source", not missing, missing)
+        if max(silence, self._source.joining) > self._kafka.patience:
+            self._throttle.warning("kafka", missing)
 
     def _check_hole(self, number: int, offset: int) -> None:
         """Raises DataError when messages before `offset` were deleted before they were read."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-# Segments of a class that are remembered, however many there were: more in so short a time are noise.
-MOST = 256
+# Segments of a class that are remembered, however many there were.
+MOST = 1024
 
 
 def overlap(a: tuple[int, int], b: tuple[int, int]) -> float:
@@ -20,7 +20,8 @@ def overlap(a: tuple[int, int], b: tuple[int, int]) -> float:
 class Emitted:
     """The segments of one class that were emitted, as far back as a new one can reach (`horizon` samples).
 
-    `MOST` of them at most, so that its size is bounded whatever the network says.
+    `MOST` of them at most, so that its size is bounded whatever the network says: of those before, an empty
+    one is left, at the latest of their announced starts.
     """
 
     def __init__(self, horizon: int) -> None:
@@ -55,12 +56,15 @@ class Emitted:
         """Remember a segment and the start under which it was announced; forget what no new one can reach."""
         self._segments.append(segment)
         self._starts.append(announced)
-        while self._segments and (
-            len(self._segments) > MOST or max(self._segments[0][1], self._starts[0]) < now - self._horizon
-        ):
+        while self._segments and max(self._segments[0][1], self._starts[0]) < now - self._horizon:
             self._segments.popleft()
             self._starts.popleft()
+        if len(self._segments) > MOST:
+            latest = max(self._starts.popleft(), self._starts.popleft())
+            self._segments.popleft()
+            self._segments[0] = (latest, latest)
+            self._starts.appendleft(latest)
 
     def announced(self, start: int) -> bool:
-        """Was an action announced to start at this very sample? Perhaps, where some were forgotten."""
-        return start in self._starts or (len(self._starts) == MOST and start <= max(self._starts))
+        """Was an action announced to start at this very sample? Perhaps, before what is remembered."""
+        return start in self._starts or (len(self._starts) == MOST and start <= self._starts[0])

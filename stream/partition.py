@@ -30,7 +30,7 @@ from stream.checkpoint import MAX_RECORD_BYTES, Committed, Life, Mark, key_of, p
 from stream.config import RuntimeSettings
 from stream.events import Event
 from stream.live_stream import MISFITS, Standing
-from stream.ring import Ring
+from stream.ring import capacity, largest_save
 from stream.runtime import Runtime
 from stream.tracker import TIME_DIGITS, OpenAction, Tracker
 from stream.wire import Message
@@ -42,6 +42,8 @@ NO_PLACE = "max_streams"
 _MAKER_MARK = "#"  # in no bundle's id
 # Ended streams that are remembered in the topic; see stream.runtime.
 _REMEMBERED = 1024
+# Of marks in one commit; those of other streams wait for the next, since a transaction has its time-out.
+_MARKS_BYTES = 4 * 1024 * 1024
 # Of a mark's record, what is neither ring nor tracker: names, the key, and what Kafka and gzip add.
 _BESIDE_BYTES = 16 * 1024
 
@@ -227,7 +229,9 @@ class Partition:
         All that was taken must have been digested (`Runtime.drain`), and nothing is being read again.
         """
         records: list[tuple[bytes, bytes | None]] = []
-        for name, known in list(self._known.items()):
+        marked = 0
+        # First whose mark is the oldest: from there a successor has to read again.
+        for name, known in sorted(self._known.items(), key=lambda item: item[1].offset):
             standing = self._runtime.standing(name)
             if standing is None or not standing.is_open:
                 del self._known[name]
@@ -242,8 +246,9 @@ class Partition:
             if known.unwritten is not None:
                 records.append((key_of(Mark, name), packed(known.unwritten)))
                 known.unwritten = None
-            if known.is_awake:
-                records += self._mark(name, standing, known)
+            if known.is_awake and marked < _MARKS_BYTES and (mark := self._mark(name, standing, known)):
+                records.append((key_of(Mark, name), mark))
+                marked += len(mark)
         self._spoken.clear()
         first = min(self._known.values(), key=lambda known: known.offset, default=None)
         rewind = (
@@ -289,13 +294,14 @@ class Partition:
             records.append((key_of(Mark, name), None))
         return records
 
-    def _mark(self, name: str, standing: Standing, known: _Known) -> list[tuple[bytes, bytes | None]]:
+    def _mark(self, name: str, standing: Standing, known: _Known) -> bytes | None:
+        """A mark to be written, if it is time for one."""
         if standing.chunks >= known.based + max(1, self._warm // 2) or not known.bases:
             known.based = standing.chunks
             known.bases.append(_Base(self.position, self._clock, standing.chunks, self._runtime.save(name)))
         oldest = known.bases[0]
         if standing.chunks - oldest.chunks < self._warm:
-            return []
+            return None
         known.bases.popleft()
         known.offset, known.clock, known.is_marked = oldest.offset, oldest.clock, True
         tracker = self._runtime.save_tracker(name)
@@ -307,7 +313,7 @@ class Partition:
             tracker=tracker,
             maker=self._maker,
         )
-        return [(key_of(Mark, name), packed(mark))]
+        return packed(mark)
 
     # What another left
 
@@ -446,16 +452,23 @@ def warm_chunks(manifest: Manifest, max_gap: float) -> int:
 def check_marks(manifest: Manifest, decoding: Decoding, settings: RuntimeSettings) -> None:
     """Raises ConfigError where a stream's mark may not fit into a record, which would be found out late."""
     frame = manifest.frame
-    ring = Ring(
-        frame.hop, manifest.chunk, frame.channels, frame.sample_rate, settings.reorder, settings.max_gap
-    ).largest_save
+    chunk = manifest.chunk * frame.hop
+    held = capacity(chunk, frame.sample_rate, settings.reorder, settings.max_gap)
+    ring = largest_save(held, frame.channels)
     tracker = Tracker.largest_save(manifest, decoding)
     size = ring + tracker + _BESIDE_BYTES
     if size > MAX_RECORD_BYTES:
+        waits = {"`reorder`": 2 * settings.reorder, "`max_gap`": settings.max_gap}
+        longest = max(waits, key=lambda name: waits[name])
+        if tracker > ring:
+            remedy = "lower `decoding.max_duration`"
+        elif waits[longest] * frame.sample_rate > chunk:
+            remedy = f"lower {longest}"
+        else:
+            remedy = f"export the bundle with a smaller chunk than {manifest.chunk} frames"
         raise ConfigError(
             f"the state of one stream may take {size} bytes, expected at most {MAX_RECORD_BYTES}: "
             f"{tracker} for `decoding.max_duration` ({decoding.max_duration:g} s, "
-            f"{len(manifest.classes)} classes), {ring} for `reorder` and `max_gap` "
-            f"({frame.channels} channels); lower "
-            + ("`decoding.max_duration`" if tracker > ring else "`max_gap`")
+            f"{len(manifest.classes)} classes), {ring} for {held} samples of {frame.channels} channels "
+            f"(two chunks, `reorder` twice, `max_gap`); {remedy}"
         )

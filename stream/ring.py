@@ -17,7 +17,7 @@ Pure: no clock, no I/O, memory fixed at construction.
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,10 @@ from numpy.typing import NDArray
 FloatArray = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 
+
+# Anchors that a ring holds at most, or one or two more. They tell when a sample was captured; some are
+# enough: of a cell of so many samples, the first message's counts.
+_ANCHORS = 4096
 
 # The fields of a ring that are plain values, and make up its state together with samples and anchors.
 _SAVED = (
@@ -103,10 +107,8 @@ class Ring:
         self._rate = rate
         self._reorder = round(reorder * rate)
         self._max_gap = round(max_gap * rate)
-        # Whatever is pushed, a ring that takes no more has something to pop: a chunk in which everything is
-        # there or given up (chunk + reorder), also when a gap runs through it (+ max_gap). The second reorder
-        # is for a segment that waits for its origin, the second chunk for arrivals during a step.
-        self.capacity = 2 * self._chunk + 2 * self._reorder + self._max_gap + 1
+        self.capacity = capacity(self._chunk, rate, reorder, max_gap)
+        self._cell = -(-self.capacity // _ANCHORS)
         self._samples: FloatArray = np.zeros((self.capacity, channels), dtype=np.float32)
         self._present: BoolArray = np.zeros(self.capacity, dtype=np.bool_)
         self._offsets = np.arange(self._chunk)
@@ -157,8 +159,8 @@ class Ring:
             self._present[slots] = True
             self._head = max(head, stop)
             self._given_up = max(self._given_up, self._head - self._reorder)
-            if anchor is not None and anchor not in self._anchors[-1:]:
-                insort(self._anchors, anchor)
+            if anchor is not None:
+                self._anchor(anchor)
         reordered = new > 0 and start + int(np.argmax(fresh)) < head
         return Pushed(stop - seq, new, repeated, late, reordered)
 
@@ -212,12 +214,6 @@ class Ring:
             "present": present.tobytes(),
             "samples": self._samples[slots[present]].astype("<f4").tobytes(),
         }
-
-    @property
-    def largest_save(self) -> int:
-        """Bytes that `save` takes as msgpack, at most: a sample may have an anchor of its own."""
-        sample = 1 + 4 * int(self._samples.shape[1]) + 5 + 2 * 9
-        return 1024 + (self.capacity + 2) * sample
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Become the ring that was saved. Raises ValueError when it was one of another shape."""
@@ -323,6 +319,16 @@ class Ring:
             del self._anchors[: passed - 1]
         return chunk
 
+    def _anchor(self, anchor: tuple[int, float]) -> None:
+        """Remember when a message was captured, unless its cell has an earlier one."""
+        cell = anchor[0] // self._cell
+        at = bisect_left(self._anchors, (cell * self._cell,))
+        if at == len(self._anchors) or self._anchors[at][0] // self._cell != cell:
+            self._anchors.insert(at, anchor)
+        else:
+            # Of one sample's the latest, as of two messages that both begin there.
+            self._anchors[at] = min(self._anchors[at], anchor, key=lambda known: (known[0], -known[1]))
+
     def _captured(self, seq: int) -> float | None:
         """Linear, at the nominal rate, from the latest message that begins at or before `seq`."""
         found = bisect_right(self._anchors, (seq, float("inf")))
@@ -372,3 +378,18 @@ class Ring:
     def _slots(self, start: int, stop: int) -> NDArray[np.intp]:
         # seq may be beyond int64, so it is reduced before numpy sees it
         return (start % self.capacity + np.arange(max(0, stop - start))) % self.capacity
+
+
+def capacity(chunk: int, rate: float, reorder: float, max_gap: float) -> int:
+    """Samples that a ring has room for; `chunk` in samples, `rate` in Hz, the others in seconds.
+
+    Whatever is pushed, a ring that takes no more has something to pop: a chunk in which everything is there
+    or given up (chunk + reorder), also when a gap runs through it (+ max_gap). The second reorder is for a
+    segment that waits for its origin, the second chunk for arrivals during a step.
+    """
+    return 2 * chunk + 2 * round(reorder * rate) + round(max_gap * rate) + 1
+
+
+def largest_save(capacity: int, channels: int) -> int:
+    """Bytes that `Ring.save` takes as msgpack, at most."""
+    return 1024 + capacity * (1 + 4 * channels) + (min(capacity, _ANCHORS) + 2) * (5 + 2 * 9)

@@ -32,7 +32,8 @@ def ending(decoding: Decoding, frame: Frame, chunk: int, classes: int) -> tuple[
         max_segments=min(64, chunk * classes),
     )
     model = _model(settings, chunk, classes).SerializeToString()
-    return Nms(settings=settings, remembered=REMEMBERED, sha256=Nms.digest(settings, model)), model
+    digest = Nms.digest(settings, REMEMBERED, model)
+    return Nms(settings=settings, remembered=REMEMBERED, sha256=digest), model
 
 
 def _model(settings: NmsSettings, chunk: int, classes: int) -> ModelProto:

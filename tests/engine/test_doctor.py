@@ -202,3 +202,5 @@ def test_a_bundle_that_lost_its_ending_is_still_looked_at(
     (bundle / "nms.onnx").unlink()
     compile_bundle(bundle, streams=(2,))
     assert finding("plans", bundle).found == "fp32 for 2 streams"
+    assert finding("segments", bundle).good is False
+    assert "nms.onnx: not readable" in finding("segments", bundle).found

@@ -187,5 +187,6 @@ def eager(bundle: Path) -> None:
     asked.f = 0.01
     content = ending.SerializeToString()
     settings = manifest.nms.settings.model_copy(update={"score_threshold": 0.01})
-    nms = manifest.nms.model_copy(update={"settings": settings, "sha256": Nms.digest(settings, content)})
+    digest = Nms.digest(settings, manifest.nms.remembered, content)
+    nms = manifest.nms.model_copy(update={"settings": settings, "sha256": digest})
     write_bundle(bundle, manifest.model_copy(update={"nms": nms}), graph, content)

@@ -207,6 +207,7 @@ def test_no_two_events_share_an_id_whatever_befalls_a_stream(tiny_bundle: Path, 
     assert max(ids.values(), default=1) == 1, [e for e in streams.events if ids[record(e).id] > 1]
 
 
+@pytest.mark.timeout(30)  # it hung
 def test_a_stream_whose_segment_is_cut_with_samples_far_ahead_goes_on(tiny_bundle: Path) -> None:
     """An overflow ends the segment while the ring holds what follows a long silence, to its last place."""
     streams = Streams(tiny_bundle)

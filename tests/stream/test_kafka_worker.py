@@ -115,10 +115,12 @@ def test_what_is_wrong_with_the_topics_is_said_at_the_start(
     kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, tmp_path: Path
 ) -> None:
     frames, events, state = topic(2), topic(2), topic(2)
+    small = topic(2, {"cleanup.policy": "compact"})
     for changes, why in (
         ({"topic": "no-such-topic"}, "`topic`: no topic 'no-such-topic' is at"),
         ({"events": "no-such-topic"}, "kafka-topics.sh --create --topic no-such-topic"),
         ({"state": state}, "make it compact"),
+        ({"state": small}, "--add-config max.message.bytes=16777216"),
         ({"letters": "no-such-topic"}, "`dead_letters.kafka_topic`: no topic"),
     ):
         log = tmp_path / f"log-{len(why)}"

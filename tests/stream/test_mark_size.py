@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import msgpack
 import numpy as np
@@ -11,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import ConfigError, Decoding, Manifest, read_bundle
+from stream import nms
+from stream import ring as ring_module
 from stream.config import RuntimeSettings
 from stream.nms import MOST
 from stream.partition import check_marks
-from stream.ring import Ring
+from stream.ring import Chunk, Ring, largest_save
 from stream.tracker import Tracker
 from tests.stream.test_tracker import decodings, events_of, outputs_of
 
@@ -50,7 +53,7 @@ def test_no_tracker_takes_more_than_was_said(
     assert len(msgpack.packb(tracker.save())) <= Tracker.largest_save(manifest, decoding)
 
 
-@pytest.mark.parametrize("max_duration", [60.0, 3600.0])
+@pytest.mark.parametrize("max_duration", [240.0, 3600.0])
 def test_a_tracker_that_is_full_takes_half_of_what_was_said_at_least(
     max_duration: float, manifest: Manifest
 ) -> None:
@@ -59,8 +62,8 @@ def test_a_tracker_that_is_full_takes_half_of_what_was_said_at_least(
         start_threshold=0.0, end_threshold=0.0, gate=0.0, confident=0.0, hold=0.0, max_duration=max_duration
     )
     rate = manifest.frame.rate
-    tracker = fed(manifest, decoding, 0, 1000 + (round(max_duration * rate) if max_duration < 100 else 0))
-    if max_duration > 100:  # which is long to feed, and of which the history is most
+    tracker = fed(manifest, decoding, 0, 5500)
+    if max_duration > 1000:  # which is long to feed, and of which the history is most
         tracker._history.add(np.random.default_rng(0).random((round(max_duration * rate) + 1, 3)))
     saved = tracker.save()
     assert max(len(emitted) for emitted in saved["emitted"]) == MOST
@@ -68,7 +71,10 @@ def test_a_tracker_that_is_full_takes_half_of_what_was_said_at_least(
     assert bound / 2 <= len(msgpack.packb(saved)) <= bound
 
 
-def test_what_is_forgotten_is_not_announced_again(manifest: Manifest) -> None:
+def test_what_is_forgotten_is_not_announced_again(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nms, "MOST", 64)
     decoding = Decoding(
         start_threshold=0.0, end_threshold=0.0, gate=0.0, confident=0.0, hold=0.0, max_duration=3600.0
     )
@@ -77,14 +83,43 @@ def test_what_is_forgotten_is_not_announced_again(manifest: Manifest) -> None:
     events = events_of(manifest, outputs, decoding, abort=True)
     for kinds in (("action.started",), ("action.ended", "action.aborted")):
         told = [event.instance_id for event in events if event.type in kinds]
-        assert len(told) > 3 * MOST
+        assert len(told) > 3 * 64
         assert len(set(told)) == len(told)
 
 
+def test_of_many_segments_the_newest_are_remembered_one_by_one_and_the_others_as_a_border(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(nms, "MOST", 8)
+    emitted = nms.Emitted(horizon=1000)
+    for number in range(20):
+        emitted.add(10 * number, (10 * number + 1, 10 * number + 9), now=200)
+    restored = nms.Emitted(horizon=1000)
+    restored.restore([tuple(row) for row in emitted.save()])
+    for found in (emitted, restored):
+        assert len(found.save()) == 8
+        assert [start for start in range(200) if not found.announced(start)] == [
+            start for start in range(121, 200) if start % 10
+        ]
+        assert found.suppresses((131, 139), 0.5)
+        assert not found.suppresses((121, 129), 0.5)
+        assert not found.suppresses((115, 125), 0.0), "a border is no segment"
+    emitted.add(1200, (1201, 1209), now=1200)  # and what no new one reaches, not even as a border
+    assert [row[2] for row in emitted.save()] == [1200]
+
+
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 2**31), longest=st.sampled_from([1, 20]), channels=st.sampled_from([1, 6]))
-def test_no_ring_takes_more_than_was_said(seed: int, longest: int, channels: int) -> None:
+@given(
+    seed=st.integers(0, 2**31), longest=st.sampled_from([1, 20]), channels=st.sampled_from([1, 6]),
+    anchors=st.sampled_from([20, 4096]),
+)  # fmt: skip
+def test_no_ring_takes_more_than_was_said(seed: int, longest: int, channels: int, anchors: int) -> None:
     random = np.random.default_rng(seed)
+    with mock.patch.object(ring_module, "_ANCHORS", anchors):
+        _fill_and_measure(random, longest, channels)
+
+
+def _fill_and_measure(random: np.random.Generator, longest: int, channels: int) -> None:
     ring = Ring(4, 2, channels, 50.0, 1.0, 2.0)
     at = LATE
     for _ in range(300):
@@ -94,14 +129,26 @@ def test_no_ring_takes_more_than_was_said(seed: int, longest: int, channels: int
         at += n
         if random.random() < 0.2:
             ring.pop()
-        assert len(msgpack.packb(ring.save())) <= ring.largest_save
+        assert len(msgpack.packb(ring.save())) <= largest_save(ring.capacity, channels)
 
 
 def test_a_ring_that_is_full_takes_half_of_what_was_said_at_least() -> None:
-    ring = Ring(4, 2, 3, 50.0, 60.0, 60.0)
-    for at in range(LATE, LATE + ring.capacity):
-        ring.push(at, np.ones((1, 3), np.float32), (at, 1e9 + at))
-    assert ring.largest_save / 2 <= len(msgpack.packb(ring.save())) <= ring.largest_save
+    for seconds in (20.0, 80.0):  # with an anchor for each sample, and for one in three
+        ring = Ring(4, 2, 3, 50.0, seconds, seconds)
+        for at in range(LATE, LATE + ring.capacity):
+            ring.push(at, np.ones((1, 3), np.float32), (at, 1e9 + at))
+        bound = largest_save(ring.capacity, 3)
+        assert bound / 2 <= len(msgpack.packb(ring.save())) <= bound
+
+
+def test_of_many_anchors_some_are_kept_and_tell_the_same_times() -> None:
+    ring = Ring(4, 2, 1, 50.0, 600.0, 600.0)
+    assert ring.capacity > 4096
+    samples = np.ones((1, 1), np.float32)
+    for at in np.random.default_rng(0).permutation(20_000).tolist():
+        ring.push(at, samples, (at, 1e9 + at / 50.0))
+    while isinstance(chunk := ring.pop(), Chunk):
+        assert chunk.captured_start == pytest.approx(1e9 + chunk.first_sample / 50.0, abs=1e-6)
 
 
 def test_what_may_not_fit_is_refused_with_what_to_lower(manifest: Manifest) -> None:
@@ -114,5 +161,16 @@ def test_what_may_not_fit_is_refused_with_what_to_lower(manifest: Manifest) -> N
     with pytest.raises(ConfigError, match=r"300 classes.*lower `decoding.max_duration`"):
         check_marks(more, hour, run)
     wide = manifest.model_copy(update={"frame": manifest.frame.model_copy(update={"channels": 2048})})
-    with pytest.raises(ConfigError, match=r"2048 channels.*lower `max_gap`"):
-        check_marks(wide, manifest.decoding, RuntimeSettings(max_gap=600.0))
+    for changes, remedy in (
+        ({"max_gap": 600.0}, "lower `max_gap`"),
+        ({"reorder": 60.0, "max_gap": 60.0}, "lower `reorder`"),
+    ):
+        with pytest.raises(ConfigError, match=rf"2048 channels.*{remedy}"):
+            check_marks(wide, manifest.decoding, RuntimeSettings.model_validate(changes))
+    with pytest.raises(ConfigError, match="a smaller chunk than 1024 frames"):
+        check_marks(wide.model_copy(update={"chunk": 1024}), manifest.decoding, run)
+    fast = manifest.frame.model_copy(update={"channels": 256, "sample_rate": 1e6})
+    with pytest.raises(ConfigError, match="lower `max_gap`"):  # and not for want of memory
+        check_marks(
+            manifest.model_copy(update={"frame": fast}), manifest.decoding, RuntimeSettings(max_gap=600.0)
+        )

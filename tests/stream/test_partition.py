@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import DataError, OnnxSession
+from stream import partition
 from stream.checkpoint import Committed
 from stream.config import RuntimeSettings
 from stream.events import Event
@@ -151,12 +153,17 @@ def undisturbed(bundle: Path, log: Log) -> dict[str, list[str]]:
     return by_stream(broker.events)
 
 
-@given(seed=st.integers(0, 2**16), trouble=st.sampled_from([0.2, 1.0]))
+@given(seed=st.integers(0, 2**16), trouble=st.sampled_from([0.2, 1.0]), marks=st.sampled_from([1, 2**22]))
 @settings(max_examples=10, deadline=None)
 def test_a_log_read_by_many_workers_that_die_gives_the_events_of_one(
-    seed: int, trouble: float, tiny_bundle: Path
+    seed: int, trouble: float, marks: int, tiny_bundle: Path
 ) -> None:
     log = make_log(seed, trouble)
+    with mock.patch.object(partition, "_MARKS_BYTES", marks):
+        _read_by_many(log, seed, tiny_bundle)
+
+
+def _read_by_many(log: Log, seed: int, tiny_bundle: Path) -> None:
     expected = undisturbed(tiny_bundle, log)
     rng = np.random.default_rng(seed)
     broker = Broker()
@@ -175,6 +182,34 @@ def test_a_log_read_by_many_workers_that_die_gives_the_events_of_one(
     assert by_stream(broker.events) == expected
     assert sum(map(len, expected.values())) > 30
     assert lives == 1 or replayed > 0
+
+
+def test_marks_that_are_too_many_for_one_commit_come_in_turns(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(partition, "_MARKS_BYTES", 1)
+    samples = wave(3, 2000)
+    log: Log = [
+        (at / RATE, Message(name, at, samples[at : at + 20], RATE, 1))
+        for at in range(0, 2000, 20)
+        for name in ("one", "two", "three")
+    ]
+    worker, told, rewinds = Worker(tiny_bundle, Broker()), [], []
+    while worker.read(log, 3):
+        records, rewind = worker.partition.checkpoint()
+        marks = [key for key, value in records if key.startswith(b"mark:") and value is not None]
+        assert len(marks) <= 1
+        told += marks
+        rewinds.append(worker.position - rewind.rewind)
+    turns = [told[first : first + 3] for first in range(0, len(told) - 2, 3)]
+    assert len(turns) > 3
+    assert all(len(set(turn)) == 3 for turn in turns)
+    # No worse than a mark for each in every commit by much: a turn more.
+    monkeypatch.setattr(partition, "_MARKS_BYTES", 2**22)
+    worker, usual = Worker(tiny_bundle, Broker()), []
+    while worker.read(log, 3):
+        usual.append(worker.position - worker.partition.checkpoint()[1].rewind)
+    assert max(usual) <= max(rewinds) <= max(usual) + 3 * 3
 
 
 STEADY: Log = [

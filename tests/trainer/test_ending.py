@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +137,13 @@ def test_frames_too_long_for_the_node_have_no_ending() -> None:
         (lambda bundle: (bundle / "nms.onnx").write_bytes(b""), "is not the file"),
         (lambda bundle: (bundle / "nms.onnx").write_bytes(bytes(2**20)), "is not the file"),
         (lambda bundle: forget(bundle), "has no nms.onnx"),
-        (lambda bundle: loosen(bundle), "its settings were changed"),
+        (
+            lambda bundle: change(bundle, lambda nms: nms["settings"].update(score_threshold=0.001)),
+            "was changed",
+        ),
+        (lambda bundle: change(bundle, lambda nms: nms.update(remembered=7)), "was changed"),
     ],
-    ids=["missing", "another", "huge", "never had", "other settings"],
+    ids=["missing", "another", "huge", "never had", "other settings", "another memory"],
 )
 def test_without_its_ending_a_bundle_gives_moments_and_refuses_segments(
     tiny_bundle: Path, tmp_path: Path, ruin: Any, sentence: str
@@ -158,10 +163,10 @@ def forget(bundle: Path) -> None:
     (bundle / "bundle.json").write_text(json.dumps(values))
 
 
-def loosen(bundle: Path) -> None:
-    """The manifest asks for less than the node does."""
+def change(bundle: Path, what: Callable[[dict[str, Any]], None]) -> None:
+    """The manifest says something else than the node does."""
     values = json.loads((bundle / "bundle.json").read_text())
-    values["nms"]["settings"]["score_threshold"] = 0.001
+    what(values["nms"])
     (bundle / "bundle.json").write_text(json.dumps(values))
 
 

@@ -74,6 +74,7 @@ class Worker:
     def run(self, source: ZmqSource) -> None:
         """Until it is to stop; then what has arrived, to its end."""
         around, runtime = self._around, self._runtime
+        around.health.set("source", True)  # first: who reads that it is ready may ask at once
         log.info(
             "ready: listening on %s for %g Hz x %d channels, bundle %s, up to %d streams",
             ", ".join(source.addresses),
@@ -82,7 +83,6 @@ class Worker:
             self._bundle,
             self._config.max_streams,
         )
-        around.health.set("source", True)
         around.ready(source.address)
         while not around.stop.is_set():
             around.beat()

@@ -24,10 +24,9 @@ setup: .venv/.dev
 demo: .venv/.demo
 	$(BIN)/python deploy/demo.py
 
-# Two at a time: many tests wait for a broker. One file stays in one process, for what its tests share. In the
-# order of their names: those that take longest are then not the last ones.
+# Two at a time: many tests wait for a broker. One file stays in one process, for what its tests share.
 test: .venv/.dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

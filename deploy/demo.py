@@ -25,7 +25,7 @@ from rich.table import Table
 
 from stream.offline import detect_recordings
 from stream.recording_source import load, messages, paced
-from stream.zmq_producer import ZmqProducer
+from stream.zmq_producer import open_producer
 from trainer.annotations import read_annotations
 from trainer.plotting import plot
 from trainer.predictions import read_predictions
@@ -111,7 +111,7 @@ def watch(
         now, epoch = time.time(), time.time_ns()
         sources = [messages(name, samples, RATE, 25, epoch, now, speed) for name, samples in loaded.items()]
         order = heapq.merge(*sources, key=lambda message: message.seq + len(message.samples))
-        with ZmqProducer(address) as producer:
+        with open_producer(address) as producer:
             for message in paced(order, speed):
                 producer.send(message, "float32", None)
                 sent.put(len(message.samples))

@@ -24,7 +24,7 @@ from stream.reload import Reload
 from stream.service import serve, stopped_by_signals
 from stream.wire import DtypeName, Message
 from stream.zmq_keys import ClientKeys, read_public, read_secret, write_keys
-from stream.zmq_producer import ZmqProducer
+from stream.zmq_producer import Producer, open_producer
 
 _DTYPES = ("float32", "float16", "int16")
 
@@ -208,7 +208,7 @@ def keys(
 
 def _producer(
     to: str, server_key: Path | None, key: Path | None, kafka_config: Path | None
-) -> ZmqProducer | KafkaSender:
+) -> Producer | KafkaSender:
     if to.startswith("kafka:"):
         if server_key is not None or key is not None:
             raise ConfigError("--server-key and --key are for ZeroMQ; for Kafka there is --kafka-config")
@@ -223,7 +223,7 @@ def _producer(
     curve = None
     if server_key is not None and key is not None:
         curve = ClientKeys(server=read_public(server_key), own=read_secret(key))
-    return ZmqProducer(to, curve=curve)
+    return open_producer(to, curve=curve)
 
 
 def _progress() -> Progress:

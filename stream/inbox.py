@@ -1,8 +1,10 @@
 """Messages that wait for the engine: a queue for each stream, all within one bound.
 
-The engine takes from each stream in turn, so that a stream that floods waits for itself. What happens when
-all is full is the caller's: stop receiving (`is_full`), or give up the oldest message of the stream that has
-the most waiting (`make_room`). Pure; belongs to one thread.
+The engine takes from each stream in turn. A stream may have as much waiting as is still free (dynamic
+thresholds: A. K. Choudhury and E. L. Hahne, IEEE/ACM Transactions on Networking 6(2), 1998): one that floods
+gets half of the room, two get a third each, and something is always left for the others. What happens to a
+message that has no room is the caller's: leave it where it is (`has_room`), or give up the oldest of the
+stream that has the most waiting (`make_room`). Pure; belongs to one thread.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from stream.wire import Message
 
 # What a message takes beside its samples, about.
 _MESSAGE_BYTES = 512
+# A stream that has nothing waiting has room for a message up to this, however full it is.
+_ALWAYS_BYTES = 64 * 1024
 
 
 class Inbox:
-    """At most `limit` bytes of messages, or a single larger one."""
+    """At most about `limit` bytes of messages; beyond it one small one of each stream."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._bytes = limit, 0
@@ -27,6 +31,13 @@ class Inbox:
 
     def __len__(self) -> int:
         return self._count
+
+    def has_room(self, stream: str, size: int) -> bool:
+        """Whether a message with `size` bytes of samples may be put; see the module."""
+        free, waiting = self._limit - self._bytes, self._sizes.get(stream, 0)
+        if not waiting:
+            return free > 0 or size <= _ALWAYS_BYTES
+        return waiting + size + _MESSAGE_BYTES <= free
 
     @property
     def is_full(self) -> bool:

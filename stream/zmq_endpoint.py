@@ -1,13 +1,24 @@
-"""Endpoints as URIs: `pull+bind:tcp://127.0.0.1:5555` says what socket, who waits for whom, and where."""
+"""Endpoints as URIs: `pull+bind:tcp://127.0.0.1:5555` says what socket, who waits for whom, and where.
+
+And how a plain socket gets there: `listen`, `resolve`.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+import stat
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from engine.errors import ConfigError
 
 _URI = re.compile(r"(?:(?P<kind>[a-z]+)\+(?P<way>[a-z]+):)?(?P<address>tcp://\S+:(?:\d{1,5}|\*)|ipc://\S+)")
+_BACKLOG = 512
+Target = tuple[socket.AddressFamily, object]
+"""what `socket.connect` takes, and for which kind of socket"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +28,17 @@ class Endpoint:
     address: str
     bind: bool
     kind: str
+
+    @property
+    def path(self) -> str | None:
+        """The name of a Unix socket; `@` begins one in the abstract namespace. None: it is TCP."""
+        return self.address.removeprefix("ipc://") if self.address.startswith("ipc://") else None
+
+    @property
+    def host_and_port(self) -> tuple[str, int]:
+        """Of TCP: `*` is every interface, and any free port, which is 0."""
+        host, _, port = self.address.removeprefix("tcp://").rpartition(":")
+        return host.strip("[]"), 0 if port == "*" else int(port)
 
 
 def parse_endpoint(uri: str, kinds: tuple[str, ...], bind: bool) -> Endpoint:
@@ -34,3 +56,58 @@ def parse_endpoint(uri: str, kinds: tuple[str, ...], bind: bool) -> Endpoint:
     if match["way"] is not None:
         bind = match["way"] == "bind"
     return Endpoint(match["address"], bind, match["kind"] or kinds[0])
+
+
+def listen(endpoint: Endpoint) -> tuple[socket.socket, str]:
+    """A listening socket that does not block, and where it really is. Raises ConfigError."""
+    try:
+        if endpoint.path is not None:
+            return _listen_unix(endpoint.path), endpoint.address
+        host, port = endpoint.host_and_port
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        where = "0.0.0.0" if host == "*" else host
+        listener = socket.create_server((where, port), family=family, backlog=_BACKLOG)
+        listener.setblocking(False)
+        host, port = listener.getsockname()[:2]
+        return listener, f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+    except (OSError, OverflowError) as problem:
+        why = getattr(problem, "strerror", None) or problem
+        raise ConfigError(
+            f"endpoint {endpoint.address!r} cannot be bound: {why}; is another service on this port?"
+        ) from None
+
+
+def resolve(endpoint: Endpoint) -> list[Target]:
+    """Where to connect to; asks the name service, which may take its time. Raises OSError."""
+    if endpoint.path is not None:
+        return [(socket.AF_UNIX, _unix_name(endpoint.path))]
+    host, port = endpoint.host_and_port
+    found = socket.getaddrinfo("127.0.0.1" if host == "*" else host, port, type=socket.SOCK_STREAM)
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def _listen_unix(path: str) -> socket.socket:
+    name = _unix_name(path)
+    with suppress(FileNotFoundError):
+        # Left by a process that was killed; one that is alive answers.
+        if isinstance(name, str) and stat.S_ISSOCK(os.stat(name).st_mode) and not _answers(name):
+            Path(name).unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(name)
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def _answers(name: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(name) in (0, 11)  # 11, EAGAIN: its backlog is full
+
+
+def _unix_name(path: str) -> str | bytes:
+    return b"\0" + os.fsencode(path[1:]) if path.startswith("@") else path

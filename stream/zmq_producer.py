@@ -1,134 +1,289 @@
-"""Messages to ZeroMQ: a PUSH or a PUB socket. The one module that sends with zmq.
+"""Messages to ZeroMQ from a PUSH socket, each known to have been taken, or told not to be.
 
-PUSH drops nothing: a full queue blocks the sender, and closing waits until all has been handed over. PUB
-never waits: what a subscriber's full queue cannot take is dropped, and the service counts it. There are no
-heartbeats here: the service's pings carry a time to live, after which this socket connects again.
+ZeroMQ has no acknowledgement, but ZMTP 3.1 has one that serves: who reads a ping answers it, and reads it
+behind all that was sent before it. So a ping goes out every few messages, and what is before an answered one
+has been taken: by `onset run` into its queues, by another PULL socket into its own. What is not known to have
+been taken when a connection is lost is sent again over the next; the service drops what it has had.
 """
 
 from __future__ import annotations
 
 import logging
+import select
+import socket
 import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Protocol
 
-import zmq
-from zmq.utils.monitor import parse_monitor_message
-
-from engine.errors import ConfigError, OnsetError
+from engine.errors import ConfigError, OnsetError, WireError
 from stream.wire import DtypeName, Message, encode
-from stream.zmq_endpoint import parse_endpoint
+from stream.zmq_dialer import Dialer
+from stream.zmq_endpoint import Endpoint, listen, parse_endpoint
 from stream.zmq_keys import ClientKeys
-from stream.zmq_settings import MAX_TOPIC_BYTES
+from stream.zmq_publisher import ZmqPublisher
+from stream.zmtp import Link, Mechanism, Ping, Plain, Pong
 
 log = logging.getLogger(__name__)
 
-# XPUB is PUB that tells who subscribes: what is sent before the first subscription arrives would be lost.
-_KINDS = {"push": zmq.PUSH, "pub": zmq.XPUB}
-_REFUSALS: dict[int, str] = {
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: "its public key is not among the service's `curve.clients`",
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "one of the two uses CURVE keys and the other does not "
-    "(--server-key and --key here, `curve` there)",
-}
 # A full queue is normal while the service works; after this long it is worth a line in the log.
-_PATIENCE_MS = 10_000
-_RECONNECT_MAX_MS = 5_000
+_PATIENCE_SECONDS = 10.0
+_LOOK_SECONDS = 0.02
+_HANDSHAKE_SECONDS = 10.0
+# What may be on its way: `high_water_mark` messages, or so many bytes. Pings come more often.
+_MOST_BYTES = 64 * 1024 * 1024
+_ASK_BYTES = 1024 * 1024
+# What is handed to the kernel at once.
+_OUTPUT_BYTES = 256 * 1024
+_ANSWER_BYTES = 64 * 1024
+_NUMBER_BYTES = 8
+_REFUSALS = {
+    "peer_refuses": "its public key is not among the service's `curve.clients`",
+    "mechanism": "one of the two uses CURVE keys and the other does not (--server-key and --key here, "
+    "`curve` there)",
+}
+
+
+class Producer(Protocol):
+    """Sends until it is closed; a context manager."""
+
+    def send(self, message: Message, dtype: DtypeName = "float32", scale: float | None = None) -> None:
+        """Send one message. Raises WireError if `dtype` cannot hold it."""
+        ...
+
+    def send_bytes(self, data: bytes, topic: bytes = b"") -> None:
+        """Send what was encoded elsewhere, behind `topic` where it is published."""
+        ...
+
+    def close(self) -> None:
+        """Wait until everything is handed over. Raises OnsetError when that takes too long."""
+        ...
+
+    def __enter__(self) -> Producer: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_producer(
+    endpoint: str,
+    connect_timeout: float = 10.0,
+    linger: float = 60.0,
+    high_water_mark: int = 1024,
+    curve: ClientKeys | None = None,
+) -> Producer:
+    """A `ZmqProducer`, or for pub+bind:URI and pub+connect:URI a `ZmqPublisher`; see there."""
+    target = parse_endpoint(endpoint, ("push", "pub"), bind=False)
+    kind = ZmqPublisher if target.kind == "pub" else ZmqProducer
+    return kind(endpoint, connect_timeout, linger, high_water_mark, curve)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """One message; `first` sample and one past the last, for what is told of it."""
+
+    data: bytes
+    stream: str | None = None
+    first: int = 0
+    stop: int = 0
+    end: bool = False
 
 
 class ZmqProducer:
-    """A connected (or bound) PUSH or PUB socket; a context manager."""
+    """A connected (or bound) PUSH socket; a context manager. One thread owns it."""
 
     def __init__(
         self,
         endpoint: str,
         connect_timeout: float = 10.0,
         linger: float = 60.0,
-        high_water_mark: int = 256,
+        high_water_mark: int = 1024,
         curve: ClientKeys | None = None,
     ) -> None:
         """Connect, and wait up to `connect_timeout` seconds for someone to be there.
 
-        `endpoint`: push+connect:URI, push+bind:URI, pub+connect:URI, pub+bind:URI; a plain URI is the first.
-        `linger`: how many seconds `close` waits for what was not handed over.
+        `endpoint`: push+connect:URI, push+bind:URI; a plain URI is the first. `linger`: how many seconds
+        `close` waits while nothing more is taken. `high_water_mark`: messages that may be on their way.
 
         Raises ConfigError when nobody is there, or the one who is refuses us.
         """
-        self._name, self._linger = endpoint, linger
-        self._target = parse_endpoint(endpoint, tuple(_KINDS), bind=False)
-        self._publishes = self._target.kind == "pub"
-        self._context = zmq.Context()
-        self._socket = self._context.socket(_KINDS[self._target.kind])
-        self._socket.setsockopt(zmq.SNDHWM, high_water_mark)
-        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
-        if curve is not None:
-            self._socket.setsockopt(zmq.CURVE_SERVERKEY, curve.server)
-            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, curve.own.public)
-            self._socket.setsockopt(zmq.CURVE_SECRETKEY, curve.own.secret)
+        self._name, self._linger, self._most = endpoint, linger, high_water_mark
+        target = parse_endpoint(endpoint, ("push",), bind=False)
+        self._way: Dialer | _Door = _Door(target) if target.bind else Dialer(target)
+        self._mechanism = _mechanism(curve)
+        self._socket: socket.socket | None = None
+        self._link: Link | None = None
+        self._since = 0.0  # when this connection began
+        self._is_ready = False
+        self._sent: deque[_Sent] = deque()  # not known to have been taken, oldest first
+        # Messages are numbered from 0: up to here they were taken, handed to the connection, asked about.
+        self._taken = self._fed = self._asked = 0
+        self._bytes = self._unasked = 0  # in `_sent`; and since the last question
+        deadline = time.monotonic() + connect_timeout
         try:
-            self._find_peer(connect_timeout)
-        except zmq.ZMQError as problem:
-            self._abandon()
-            raise ConfigError(f"endpoint {endpoint!r} cannot be used: {problem.strerror}") from None
-        except ConfigError:
+            while not self._is_ready:
+                self._pump(_LOOK_SECONDS, is_first=True)
+                if time.monotonic() >= deadline and not self._is_ready:
+                    raise ConfigError(
+                        f"nobody answers at {endpoint!r} after {connect_timeout:g} s; is `onset run` "
+                        "listening there? Its log says whether it refused somebody"
+                    )
+        except BaseException:
             self._abandon()
             raise
 
-    def _find_peer(self, seconds: float) -> None:
-        """Bind or connect, and return once a message would reach somebody; ConfigError when nobody comes."""
-        monitor = self._socket.get_monitor_socket(sum(_REFUSALS) | zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        poller = zmq.Poller()
-        poller.register(monitor, zmq.POLLIN)
-        poller.register(self._socket, zmq.POLLIN if self._publishes else 0)
-        deadline = time.monotonic() + seconds
-        try:
-            (self._socket.bind if self._target.bind else self._socket.connect)(self._target.address)
-            while ready := dict(poller.poll(max(0, round((deadline - time.monotonic()) * 1000)))):
-                if self._socket in ready:  # a subscription
-                    return
-                event = parse_monitor_message(monitor.recv_multipart())["event"]
-                if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                    if not self._publishes:
-                        return
-                elif not self._target.bind:  # whoever binds waits for the next one
-                    raise ConfigError(f"{self._name} refuses this producer: {_REFUSALS[event]}")
-        finally:
-            self._socket.disable_monitor()
-            monitor.close(linger=0)
-        raise ConfigError(
-            f"nobody answers at {self._name!r} after {seconds:g} s; is `onset run` listening there? "
-            "Its log says whether it refused somebody"
-        )
-
     def send(self, message: Message, dtype: DtypeName = "float32", scale: float | None = None) -> None:
-        """Send one message; PUSH blocks while the queue is full. Raises WireError if `dtype` cannot hold it.
-
-        The topic of PUB is the stream's name.
-        """
-        self.send_bytes(encode(message, dtype, scale), message.stream.encode()[:MAX_TOPIC_BYTES])
+        """See `Producer.send`; blocks while too many are on their way."""
+        stop = message.seq + len(message.samples)
+        data = encode(message, dtype, scale)
+        self._send(_Sent(data, message.stream, message.seq, stop, message.end))
 
     def send_bytes(self, data: bytes, topic: bytes = b"") -> None:
-        """Send what was encoded elsewhere, behind `topic` under PUB; PUSH blocks while the queue is full."""
-        if self._publishes:
-            while self._socket.poll(0):
-                self._socket.recv()  # subscriptions that came and went: ZeroMQ heeds them, we need not
-            self._socket.send_multipart([topic, data])
-            return
-        while not self._socket.poll(_PATIENCE_MS, zmq.POLLOUT):
-            log.warning("waiting for %s to take more; is it still running?", self._name)
-        self._socket.send(data)
+        """See `Producer.send_bytes`; blocks while too many are on their way."""
+        self._send(_Sent(data))
 
     def close(self) -> None:
-        """Wait until everything is handed over. Raises OnsetError when that takes longer than `linger`."""
-        started = time.monotonic()
-        self._socket.close(linger=round(self._linger * 1000))
-        self._context.term()
-        if time.monotonic() - started >= self._linger:
-            raise OnsetError(
-                f"{self._name} did not take everything within {self._linger:g} s; the last messages are lost"
-            )
+        """Wait until everything was taken. Raises OnsetError when nothing more is for `linger` seconds, and
+        says what is not known to have arrived."""
+        stood, before = time.monotonic(), self._taken
+        try:
+            while self._sent:
+                self._ask()
+                self._pump(_LOOK_SECONDS)
+                if self._taken != before:
+                    stood, before = time.monotonic(), self._taken
+                elif time.monotonic() - stood >= self._linger:
+                    raise OnsetError(
+                        f"{self._name} did not take everything: nothing more within {self._linger:g} s. Not "
+                        f"known to have arrived: {_told(self._sent)}"
+                    )
+        finally:
+            self._abandon()
+
+    def _send(self, sent: _Sent) -> None:
+        self._sent.append(sent)
+        self._bytes += len(sent.data)
+        self._pump(0.0)
+        stood, before = time.monotonic(), self._taken
+        while len(self._sent) >= self._most or self._bytes >= _MOST_BYTES:
+            self._ask()
+            self._pump(_LOOK_SECONDS)
+            if self._taken != before:
+                stood, before = time.monotonic(), self._taken
+            elif time.monotonic() - stood >= _PATIENCE_SECONDS:
+                log.warning("waiting for %s to take more; is it still running?", self._name)
+                stood = time.monotonic()
+
+    def _pump(self, seconds: float, is_first: bool = False) -> None:
+        """Send and read as far as it goes; wait up to so long for more."""
+        if self._link is None and not self._connect(seconds):
+            return
+        assert self._link is not None
+        try:
+            self._exchange(self._link, seconds)
+            if not self._is_ready and time.monotonic() - self._since > _HANDSHAKE_SECONDS:
+                raise WireError("silent", "the other side says nothing")
+        except (OSError, WireError) as problem:
+            if is_first and isinstance(problem, WireError) and isinstance(self._way, Dialer):
+                why = _REFUSALS.get(problem.reason, str(problem))
+                raise ConfigError(f"{self._name} refuses this producer: {why}") from None
+            self._lose(problem)
+
+    def _connect(self, seconds: float) -> bool:
+        plain = self._way.step(time.monotonic())
+        if plain is None:
+            time.sleep(min(seconds, _LOOK_SECONDS))
+            return False
+        plain.setblocking(False)
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._socket, self._since = plain, time.monotonic()
+        self._link = Link("PUSH", ("PULL",), self._mechanism, _ANSWER_BYTES)
+        return True
+
+    def _exchange(self, link: Link, seconds: float) -> None:
+        """Raises OSError when the connection is lost, WireError when the other side is none for us."""
+        self._feed(link)
+        self._write(link)
+        self._read(link, seconds)
+        while (item := link.next()) is not None:
+            if isinstance(item, Ping):
+                link.pong(item)
+            elif isinstance(item, Pong) and len(item.context) == _NUMBER_BYTES:
+                self._acknowledge(int.from_bytes(item.context, "big"))
+        if link.is_ready and not self._is_ready:
+            self._is_ready = True
+            if not link.knows_pings:
+                log.warning("%s speaks ZMTP 3.0, which has no acknowledgement", self._name)
+        self._feed(link)
+        self._write(link)
+
+    def _feed(self, link: Link) -> None:
+        """Hand messages to the connection, each once, and ask about them now and then."""
+        while (
+            self._is_ready and len(link.output) < _OUTPUT_BYTES and self._fed < self._taken + len(self._sent)
+        ):
+            data = self._sent[self._fed - self._taken].data
+            link.send(data)
+            self._fed += 1
+            self._unasked += len(data)
+            if self._fed - self._asked >= max(1, self._most // 4) or self._unasked >= _ASK_BYTES:
+                self._ask()
+
+    def _ask(self) -> None:
+        """Was everything taken that this connection was given?"""
+        if self._is_ready and self._link is not None and self._asked < self._fed:
+            self._link.ping(context=self._fed.to_bytes(_NUMBER_BYTES, "big"))
+            self._asked, self._unasked = self._fed, 0
+
+    def _acknowledge(self, number: int) -> None:
+        """The messages before this one were taken."""
+        while self._taken < min(number, self._fed):
+            self._bytes -= len(self._sent.popleft().data)
+            self._taken += 1
+
+    def _write(self, link: Link) -> None:
+        assert self._socket is not None
+        try:
+            while link.output:
+                del link.output[: self._socket.send(link.output)]
+        except (BlockingIOError, InterruptedError):
+            return
+        if self._is_ready and not link.knows_pings:
+            self._acknowledge(self._fed)  # the kernel has it, and more will never be known
+
+    def _read(self, link: Link, seconds: float) -> None:
+        assert self._socket is not None
+        if seconds:
+            poller = select.poll()
+            poller.register(self._socket, select.POLLIN | (select.POLLOUT if link.output else 0))
+            poller.poll(seconds * 1000)
+        try:
+            data = self._socket.recv(_ANSWER_BYTES)
+        except (BlockingIOError, InterruptedError):
+            return
+        if not data:
+            raise ConnectionResetError("the other side hung up")
+        link.feed(data)
+
+    def _lose(self, problem: Exception) -> None:
+        """Another connection takes over what is not known to have arrived."""
+        if self._is_ready or isinstance(problem, WireError):
+            log.warning("%s: %s; %d messages are to be sent again", self._name, problem, len(self._sent))
+        assert self._socket is not None
+        self._socket.close()
+        self._way.lost(time.monotonic(), self._is_ready, refused=isinstance(problem, WireError))
+        self._socket = self._link = None
+        self._is_ready = False
+        self._fed = self._asked = self._taken
+        self._unasked = 0
 
     def _abandon(self) -> None:
-        self._socket.close(linger=0)
-        self._context.term()
+        self._way.close()
+        if self._socket is not None:
+            self._socket.close()
 
     def __enter__(self) -> ZmqProducer:
         return self
@@ -140,3 +295,54 @@ class ZmqProducer:
             self.close()
         else:
             self._abandon()
+
+
+class _Door:
+    """As a `Dialer`, for whoever binds: others connect, and one at a time is let in."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        """Raises ConfigError."""
+        self._listener, _ = listen(endpoint)
+
+    def step(self, now: float) -> socket.socket | None:
+        """See `Dialer.step`."""
+        try:
+            return self._listener.accept()[0]
+        except OSError:  # nobody yet, or gone again
+            return None
+
+    def lost(self, now: float, went_well: bool, refused: bool = False) -> None:
+        """See `Dialer.lost`."""
+
+    def close(self) -> None:
+        """See `Dialer.close`."""
+        self._listener.close()
+
+
+def _mechanism(curve: ClientKeys | None) -> Mechanism:
+    if curve is None:
+        return Plain()
+    from stream.zmtp_curve import CurveClient
+
+    return CurveClient(curve)
+
+
+def _told(messages: Iterable[_Sent]) -> str:
+    """Which samples these are, by stream."""
+    streams: dict[str | None, tuple[int, int, bool]] = {}
+    others = 0
+    for sent in messages:
+        if sent.stream is None:
+            others += 1
+            continue
+        first, stop, end = streams.get(sent.stream, (sent.first, sent.stop, False))
+        streams[sent.stream] = min(first, sent.first), max(stop, sent.stop), end or sent.end
+    parts = [
+        f"{stream!r} from sample {first} to {stop - 1}{', and its end' if end else ''}"
+        for stream, (first, stop, end) in list(streams.items())[:5]
+    ]
+    if len(streams) > 5:
+        parts.append(f"samples of {len(streams) - 5} more streams")
+    if others:
+        parts.append(f"{others} messages")
+    return "; ".join(parts)

@@ -22,6 +22,7 @@ from stream.sinks import open_sinks
 from stream.surroundings import Surroundings
 from stream.throttle import Throttle
 from stream.wire import Limits, decode
+from stream.zmq_connection import Connection
 from stream.zmq_loss import LossCounter
 from stream.zmq_settings import ZmqSettings
 from stream.zmq_source import ZmqSource
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 # Messages taken between two rounds: enough to fill a batch of streams, few enough that a flood does not keep
 # the network waiting.
 _RECEIVE_AT_ONCE = 256
+_RECEIVE_BYTES = 4 * 1024 * 1024
 # How soon a signal or a silent stream is noticed when nothing arrives.
 _POLL_SECONDS = 0.1
 # "What has arrived" ends at the first pause of this length, or after so long with a producer that goes on.
@@ -70,6 +72,7 @@ class Worker:
         self._inbox = Inbox(config.queue_bytes)
         self._throttle = Throttle(log)
         self._losses = LossCounter(around.counters)
+        self._held: dict[Connection, tuple[str, int]] = {}  # producers that wait, each for a stream's room
 
     def run(self, source: ZmqSource) -> None:
         """Until it is to stop; then what has arrived, to its end."""
@@ -112,32 +115,40 @@ class Worker:
 
     def _receive(self, source: ZmqSource) -> None:
         """Queue what has arrived, up to a bound; refuse what cannot be read."""
+        for connection, (stream, size) in list(self._held.items()):
+            if self._inbox.has_room(stream, size):
+                del self._held[connection]
+                source.release(connection)
+        size = 0
         for _ in range(_RECEIVE_AT_ONCE):
-            if self._inbox.is_full:
-                if self._config.overload == "block":
-                    break
-                self._drop()
-            if not self._receive_one(source):
+            if (received := self._receive_one(source)) is None or (size := size + received) > _RECEIVE_BYTES:
                 break
         self._counters.queued_messages.set(len(self._inbox))
 
-    def _receive_one(self, source: ZmqSource) -> bool:
+    def _receive_one(self, source: ZmqSource) -> int | None:
+        """Its bytes; None: there is nothing."""
         data = b""
         try:
             received = source.receive()
             if received is None:
-                return False
-            data = received
+                return None
+            data = received.data
             message = decode(data, self._limits)
         except WireError as problem:
             self._counters.refused.labels(problem.reason).inc()
             self._throttle.warning(f"message refused ({problem.reason})", str(problem))
             self._letters.put(data, problem.reason, str(problem), {"source": source.address})
-            return True
+            return len(data)
+        if not self._inbox.has_room(message.stream, message.samples.nbytes):
+            if self._config.overload == "block":
+                self._held[received.connection] = (message.stream, message.samples.nbytes)
+                source.hold(received)
+                return len(data)
+            self._drop()
         if source.kind == "sub":
             self._losses.see(message)
         self._inbox.put(message)
-        return True
+        return len(data)
 
     def _drop(self) -> None:
         for message in self._inbox.make_room():

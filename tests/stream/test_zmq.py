@@ -15,8 +15,9 @@ from stream.config import ZmqSettings
 from stream.counters import Counters
 from stream.wire import Limits, Message, decode
 from stream.zmq_endpoint import Endpoint, parse_endpoint
-from stream.zmq_producer import ZmqProducer
+from stream.zmq_producer import open_producer
 from stream.zmq_source import ZmqSource
+from tests.stream.served import exchange, produce, receive, send_all, serve_until
 
 LOOPBACK = "pull+bind:tcp://127.0.0.1:*"
 
@@ -37,51 +38,49 @@ def push(source: ZmqSource) -> Iterator[zmq.Socket[bytes]]:
         yield socket
 
 
-def receive(source: ZmqSource, seconds: float = 10.0) -> bytes | None:
-    return source.receive() if source.wait(seconds) else None
-
-
 def count(source: ZmqSource, name: str) -> float:
     return source._counters.snapshot()[name]
 
 
 def test_messages_arrive_whole_and_in_order(source: ZmqSource) -> None:
     samples = np.arange(30, dtype=np.float32).reshape(10, 3)
-    with ZmqProducer(source.address) as producer:
-        for number in range(5):
-            producer.send(Message("a", number * 10, samples, 50.0))
-    for number in range(5):
-        data = receive(source)
-        assert data is not None
-        message = decode(data, Limits(50.0, 3))
-        assert message.seq == number * 10
+
+    def send() -> None:
+        with open_producer(source.address) as producer:
+            for number in range(5):
+                producer.send(Message("a", number * 10, samples, 50.0))
+
+    found = [decode(data, Limits(50.0, 3)) for data in exchange(source, send)]
+    assert [message.seq for message in found] == [0, 10, 20, 30, 40]
+    for message in found:
         np.testing.assert_array_equal(message.samples, samples)
     assert source.receive() is None
 
 
 def test_a_slow_receiver_blocks_the_producer_and_loses_nothing(source: ZmqSource) -> None:
-    total, size = 40_000, 1000  # more than the queues of both sides and the kernel's buffers hold
+    total, size = 4_000, 4000  # more than the queues of both sides hold
     sent = 0
 
     def produce() -> None:
         nonlocal sent
-        with ZmqProducer(source.address, high_water_mark=8) as producer:
+        with open_producer(source.address, high_water_mark=256) as producer:
             for number in range(total):
                 producer.send_bytes(number.to_bytes(4, "big") + bytes(size))
                 sent = number + 1
 
     thread = threading.Thread(target=produce)
     thread.start()
+    serve_until(source, lambda: sent > 0)
     # The producer has come to a stand when it got nowhere between two looks a while apart.
     before = -1
-    while sent != before or sent == 0:
+    while sent != before:
         before = sent
         time.sleep(0.3)
     assert sent < total
-    for number in range(total):
-        data = receive(source)
-        assert data is not None
-        assert int.from_bytes(data[:4], "big") == number
+    numbers = [
+        int.from_bytes(data[:4], "big") for data in serve_until(source, lambda: not thread.is_alive(), 60)
+    ]
+    assert numbers == list(range(total))
     thread.join(10)
     assert not thread.is_alive()
     assert sent == total
@@ -140,9 +139,8 @@ def test_the_source_may_connect_and_the_producer_bind() -> None:
     with ZmqSource(ZmqSettings(endpoint=LOOPBACK), Counters()) as probe:
         address = probe.address  # a port that was free a moment ago
     settings = ZmqSettings(endpoint=f"pull+connect:{address}")
-    with ZmqSource(settings, Counters()) as source, ZmqProducer(f"push+bind:{address}") as producer:
-        producer.send_bytes(b"hello")
-        assert receive(source) == b"hello"
+    with ZmqSource(settings, Counters()) as source:
+        assert exchange(source, send_all(f"push+bind:{address}", b"hello")) == [b"hello"]
 
 
 def test_a_taken_port_is_told(source: ZmqSource) -> None:
@@ -151,18 +149,20 @@ def test_a_taken_port_is_told(source: ZmqSource) -> None:
 
 
 def test_what_nobody_takes_is_told_at_the_end(source: ZmqSource) -> None:
-    producer = ZmqProducer(source.address, linger=0.3, high_water_mark=100_000)
-    for _ in range(20_000):
-        producer.send_bytes(bytes(1000))
-    with pytest.raises(OnsetError, match=r"did not take everything within 0\.3 s"):
+    producer = produce(source, source.address, linger=0.3, high_water_mark=100_000)
+    samples = np.zeros((100, 3), np.float32)
+    for number in range(15_000):
+        producer.send(Message("a", 100 * number, samples, 50.0, end=number == 14_999))
+    with pytest.raises(OnsetError, match=r"arrived: 'a' from sample 0 to 1499999, and its end") as problem:
         producer.close()
+    assert "nothing more within 0.3 s" in str(problem.value)
 
 
 def test_nobody_there_is_told() -> None:
     with ZmqSource(ZmqSettings(endpoint=LOOPBACK), Counters()) as probe:
         address = probe.address
     with pytest.raises(ConfigError, match="nobody answers"):
-        ZmqProducer(address, connect_timeout=0.3)
+        open_producer(address, connect_timeout=0.3)
 
 
 @pytest.mark.parametrize(

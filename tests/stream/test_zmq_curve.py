@@ -7,9 +7,8 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,11 @@ import zmq
 from engine import ConfigError
 from stream.counters import Counters
 from stream.zmq_keys import ClientKeys, read_clients, read_public, read_secret, write_keys
-from stream.zmq_producer import ZmqProducer
+from stream.zmq_producer import Producer, open_producer
 from stream.zmq_settings import CurveSettings, ZmqSettings
 from stream.zmq_source import ZmqSource
+from tests.stream import served
+from tests.stream.served import exchange, serve_until
 
 LOOPBACK = "tcp://127.0.0.1:*"
 COMMAND = [sys.executable, "-c", "from onset import main; main()"]
@@ -57,25 +58,17 @@ def open_source(keys: Keys, *endpoints: str) -> ZmqSource:
     return ZmqSource(ZmqSettings(endpoint=endpoints or LOOPBACK, curve=keys.curve), Counters())
 
 
-def serve_until(source: ZmqSource, condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, source._counters.summary()
-        source.wait(0.02)
+def produce(source: ZmqSource, endpoint: str, curve: ClientKeys | None, seconds: float = 10) -> Producer:
+    """A producer that was let in, or its complaint."""
+    return served.produce(source, endpoint, connect_timeout=seconds, curve=curve)
 
 
-def produce(source: ZmqSource, endpoint: str, curve: ClientKeys | None, seconds: float = 10) -> ZmqProducer:
-    """A producer that was let in, or its complaint; meanwhile the source answers who knocks."""
-    with ThreadPoolExecutor(1) as pool:
-        producer: Future[ZmqProducer] = pool.submit(
-            lambda: ZmqProducer(endpoint, connect_timeout=seconds, curve=curve)
-        )
-        serve_until(source, producer.done, seconds + 10)
-        return producer.result()
+def say(endpoint: str, curve: ClientKeys | None, data: bytes) -> Callable[[], None]:
+    def work() -> None:
+        with open_producer(endpoint, curve=curve) as producer:
+            producer.send_bytes(data)
 
-
-def receive(source: ZmqSource) -> bytes | None:
-    return source.receive() if source.wait(10) else None
+    return work
 
 
 def refused(source: ZmqSource) -> set[str]:
@@ -91,12 +84,8 @@ def test_clients_on_the_list_are_let_in_whoever_binds(
     with open_source(keys) as probe:
         address = probe.address  # a port that was free a moment ago
     here, there = ("bind", "connect") if source_binds else ("connect", "bind")
-    with (
-        open_source(keys, f"{kinds[0]}+{here}:{address}") as source,
-        produce(source, f"{kinds[1]}+{there}:{address}", keys.client()) as producer,
-    ):
-        producer.send_bytes(b"hello")
-        assert receive(source) == b"hello"
+    with open_source(keys, f"{kinds[0]}+{here}:{address}") as source:
+        assert exchange(source, say(f"{kinds[1]}+{there}:{address}", keys.client(), b"hello")) == [b"hello"]
         assert refused(source) == set()
 
 
@@ -107,9 +96,8 @@ def test_the_list_may_be_a_file_and_holds_all_of_its_keys(keys: Keys, tmp_path: 
     curve = CurveSettings(secret=keys.curve.secret, clients=listed)
     with ZmqSource(ZmqSettings(endpoint=LOOPBACK, curve=curve), Counters()) as source:
         for name in names:
-            with produce(source, source.address, keys.client(f"clients/{name}")) as producer:
-                producer.send_bytes(name.encode())
-                assert receive(source) == name.encode()
+            work = say(source.address, keys.client(f"clients/{name}"), name.encode())
+            assert exchange(source, work) == [name.encode()]
 
 
 def test_a_stranger_is_refused_and_named(keys: Keys, caplog: pytest.LogCaptureFixture) -> None:
@@ -185,9 +173,7 @@ def test_a_source_that_connects_comes_back_to_a_peer_that_was_repaired(
         with pytest.raises(ConfigError, match="nobody answers"):
             produce(source, f"{there}+bind:{address}", wrong, seconds=1)
         assert refused(source)
-        with produce(source, f"{there}+bind:{address}", keys.client(), seconds=20) as producer:
-            producer.send_bytes(b"repaired")
-            assert receive(source) == b"repaired"
+        assert exchange(source, say(f"{there}+bind:{address}", keys.client(), b"repaired")) == [b"repaired"]
 
 
 def test_keys_are_written_once_and_the_secret_is_its_owners_alone(tmp_path: Path) -> None:
@@ -266,7 +252,7 @@ def test_secrets_stay_out_of_reprs_and_logs(keys: Keys, caplog: pytest.LogCaptur
     settings = ZmqSettings(endpoint=LOOPBACK, curve=keys.curve)
     shown = [repr(settings), settings.model_dump_json(), repr(keys.client()), str(keys.client())]
     with open_source(keys) as source:
-        produce(source, source.address, keys.client()).close()
+        exchange(source, say(source.address, keys.client(), b""))
         for client in (keys.client("elsewhere/stranger"), keys.client(server="elsewhere/stranger"), None):
             with pytest.raises(ConfigError) as problem:
                 produce(source, source.address, client, seconds=1)
@@ -302,6 +288,7 @@ def test_the_command_line_makes_keys_and_sends_with_them(tmp_path: Path) -> None
         ZmqSource(ZmqSettings(endpoint=LOOPBACK, curve=curve), Counters()) as source,
         ThreadPoolExecutor(1) as pool,
     ):
+        found: list[bytes] = []
         send = ["send", str(tmp_path / "a.npy"), "--to", source.address, "--rate", "50"]
         for arguments, status, words in [
             (options, 0, "1 recording sent"),
@@ -309,11 +296,11 @@ def test_the_command_line_makes_keys_and_sends_with_them(tmp_path: Path) -> None
             (options[:2], 2, "--server-key and --key belong together"),
         ]:
             done = pool.submit(onset, *send, *arguments)
-            serve_until(source, done.done, 60)
+            found += serve_until(source, done.done, 60)
             outputs.append(done.result())
             assert done.result()[0] == status
             assert words in done.result()[1]
-        assert receive(source) is not None
+        assert found
     outputs.append(onset("send", "--help"))
     secrets = [path.read_text().split("\n")[1] for path in folder.glob("*.secret")]
     assert len(secrets) == 2

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -17,18 +16,19 @@ import zmq
 from engine import ConfigError, WireError
 from engine.schema import parse
 from stream.counters import Counters
-from stream.wire import Limits, Message, decode
+from stream.wire import Limits, Message, decode, encode
 from stream.zmq_loss import LossCounter
-from stream.zmq_producer import ZmqProducer
+from stream.zmq_producer import open_producer
 from stream.zmq_settings import ZmqSettings
 from stream.zmq_source import ZmqSource
+from tests.stream.served import drain, exchange, produce, receive, send_all, serve_until
 
 LIMITS = Limits(50.0, 3)
 # Sends its name and a number, until it is killed; what it says is that somebody is there.
 CHATTER = """
 import sys, time
-from stream.zmq_producer import ZmqProducer
-with ZmqProducer(sys.argv[1]) as producer:
+from stream.zmq_producer import Producer, open_producer
+with open_producer(sys.argv[1]) as producer:
     print("connected", flush=True)
     while True:
         producer.send_bytes(sys.argv[2].encode())
@@ -45,37 +45,8 @@ def free_address() -> str:
         return probe.address  # a port that was free a moment ago
 
 
-def produce(source: ZmqSource, endpoint: str, **options: int) -> ZmqProducer:
-    """A producer that was let in: a source subscribes while it waits, not behind its owner's back."""
-    with ThreadPoolExecutor(1) as pool:
-        producer = pool.submit(ZmqProducer, endpoint, **options)
-        while not producer.done():
-            source.wait(0.02)
-        return producer.result()
-
-
 def message(seq: int, stream: str = "a", n: int = 10, epoch: int = 0) -> Message:
     return Message(stream, seq, np.full((n, 3), seq, np.float32), 50.0, epoch)
-
-
-def receive(source: ZmqSource, seconds: float = 10.0) -> bytes | None:
-    return source.receive() if source.wait(seconds) else None
-
-
-def drain(source: ZmqSource, pause: float = 0.5) -> list[bytes]:
-    found = []
-    while (data := receive(source, pause)) is not None:
-        found.append(data)
-    return found
-
-
-def await_that(source: ZmqSource, condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Serve the source, and throw away what comes, until something is so."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, source._counters.summary()
-        source.wait(0.02)
-        source.receive()
 
 
 def count(source: ZmqSource, name: str) -> float:
@@ -103,17 +74,15 @@ def chatter() -> Iterator[Callable[[str, str], subprocess.Popen[str]]]:
 def test_either_side_may_bind_in_both_patterns(kinds: tuple[str, str], source_binds: bool) -> None:
     here, there = ("bind", "connect") if source_binds else ("connect", "bind")
     address = free_address()
+
     # Under PUB the first message counts too: the producer waits until somebody has subscribed.
-    with (
-        open_source(f"{kinds[0]}+{here}:{address}") as source,
-        produce(source, f"{kinds[1]}+{there}:{address}") as producer,
-    ):
-        for seq in range(0, 50, 10):
-            producer.send(message(seq))
-        for seq in range(0, 50, 10):
-            data = receive(source)
-            assert data is not None
-            assert decode(data, LIMITS).seq == seq
+    def send() -> None:
+        with open_producer(f"{kinds[1]}+{there}:{address}") as producer:
+            for seq in range(0, 50, 10):
+                producer.send(message(seq))
+
+    with open_source(f"{kinds[0]}+{here}:{address}") as source:
+        assert [decode(data, LIMITS).seq for data in exchange(source, send)] == [0, 10, 20, 30, 40]
 
 
 def test_several_producers_at_several_endpoints_all_come_through() -> None:
@@ -122,31 +91,63 @@ def test_several_producers_at_several_endpoints_all_come_through() -> None:
         open_source(
             "tcp://127.0.0.1:*", "pull+bind:tcp://127.0.0.1:*", f"pull+connect:{connected}"
         ) as source,
-        ExitStack() as stack,
     ):
         assert source.address == source.addresses[0]
         assert len(set(source.addresses)) == 3
         first, second, third = source.addresses
         targets = [first, first, second, second, f"push+bind:{third}"]
-        for number, target in enumerate(targets):
-            producer = stack.enter_context(ZmqProducer(target))
-            for seq in range(0, 100, 10):
-                producer.send(message(seq, f"stream {number}"))
-        found = [decode(data, LIMITS) for data in drain(source)]
+        work = [
+            send_all(target, *(encode(message(seq, f"stream {number}")) for seq in range(0, 100, 10)))
+            for number, target in enumerate(targets)
+        ]
+        found = [decode(data, LIMITS) for data in exchange(source, *work)]
     for number in range(len(targets)):
         assert [m.seq for m in found if m.stream == f"stream {number}"] == list(range(0, 100, 10))
     assert len(found) == 10 * len(targets)
 
 
-def test_one_endpoints_flood_does_not_hold_up_another() -> None:
-    with open_source("tcp://127.0.0.1:*", "tcp://127.0.0.1:*") as source:
-        with ZmqProducer(source.addresses[0]) as flood, ZmqProducer(source.addresses[1]) as other:
-            for _ in range(200):
-                flood.send_bytes(b"flood")
-            other.send_bytes(b"other")
-        # Both have handed over everything; the kernel may still hold some of it.
-        time.sleep(0.2)
+def test_producers_take_turns_whatever_one_of_them_sends() -> None:
+    with open_source("tcp://127.0.0.1:*", "tcp://127.0.0.1:*") as source, zmq.Context() as context:
+        flood, other = (context.socket(zmq.PUSH) for _ in range(2))
+        for socket, address in zip((flood, other), source.addresses, strict=True):
+            socket.linger = 0
+            socket.connect(address)
+        for _ in range(200):
+            flood.send(b"flood")
+        other.send(b"first")
+        found = [receive(source)]
+        while b"first" not in found:
+            found.append(receive(source))
+        other.send(b"other")
+        time.sleep(0.2)  # the kernel has it
         assert b"other" in [receive(source) for _ in range(3)]
+        flood.close()
+        other.close()
+
+
+def test_a_producer_that_is_held_waits_alone_and_loses_nothing() -> None:
+    with open_source("tcp://127.0.0.1:*", high_water_mark=4) as source, zmq.Context() as context:
+        held, other = (context.socket(zmq.PUSH) for _ in range(2))
+        for socket, name in ((held, b"held"), (other, b"other")):
+            socket.linger = 0
+            socket.connect(source.address)
+            for number in range(100):
+                socket.send(name + b" %d" % number)
+        while True:
+            assert source.wait(10)
+            received = source.receive()
+            assert received is not None
+            if received.data == b"held 7":
+                source.hold(received)
+                break
+        rest = drain(source)
+        assert rest
+        assert not any(data.startswith(b"held") for data in rest)
+        assert rest[-1] == b"other 99"
+        source.release(received.connection)
+        assert drain(source) == [b"held %d" % number for number in range(7, 100)]
+        held.close()
+        other.close()
 
 
 def test_what_a_publisher_drops_is_counted_to_the_sample(caplog: pytest.LogCaptureFixture) -> None:
@@ -209,7 +210,7 @@ def test_a_subscriber_takes_messages_with_and_without_a_topic_and_nothing_longer
         context.socket(zmq.XPUB) as socket,
     ):
         socket.connect(source.address)
-        await_that(source, lambda: bool(socket.poll(0)))
+        serve_until(source, lambda: bool(socket.poll(0)))
         for parts in ([b"alone"], [b"t" * 256, b"paired"], [b"a", b"b", b"c"], [b"t" * 257, b"x"], [b"last"]):
             socket.send_multipart(parts)
         assert [receive(source), receive(source)] == [b"alone", b"paired"]
@@ -250,7 +251,7 @@ def test_a_killed_producer_is_noticed_and_its_successor_goes_on(
         first = chatter(source.address, "first")
         assert receive(source, 30) == b"first"
         first.send_signal(signal.SIGKILL)
-        await_that(source, lambda: count(source, "peers_disconnected") == 1)
+        serve_until(source, lambda: count(source, "peers_disconnected") == 1)
         drain(source)
         chatter(source.address, "second")
         assert receive(source, 30) == b"second"
@@ -277,37 +278,42 @@ def test_a_frozen_publisher_is_noticed_and_comes_back(
         process = chatter(f"pub+connect:{source.address}", "here")
         assert receive(source, 30) == b"here"
         process.send_signal(signal.SIGSTOP)
-        await_that(source, lambda: count(source, "peers_disconnected") == 1)
+        serve_until(source, lambda: count(source, "peers_disconnected") == 1)
         assert drain(source) == []
         process.send_signal(signal.SIGCONT)
         assert receive(source, 30) == b"here"
 
 
-def test_a_producer_hears_that_the_service_is_frozen_and_connects_again() -> None:
+def test_a_publisher_hears_that_the_service_is_frozen_and_connects_again() -> None:
     listen = (
         "import time; from stream.zmq_source import ZmqSource; from stream.zmq_settings import ZmqSettings\n"
         "from stream.counters import Counters\n"
-        "settings = ZmqSettings(endpoint='tcp://127.0.0.1:*', heartbeat=0.3, heartbeat_timeout=1.0)\n"
-        "with ZmqSource(settings, Counters()) as source:\n"
+        "settings = dict(endpoint='sub+bind:tcp://127.0.0.1:*', heartbeat=0.3, heartbeat_timeout=1.0)\n"
+        "with ZmqSource(ZmqSettings(**settings), Counters()) as source:\n"
         "    print(source.address, flush=True)\n"
-        "    while True: source.wait(1.0) and print(source.receive().decode(), flush=True)\n"
+        "    while True:\n        if source.wait(1.0): print(source.receive().data.decode(), flush=True)\n"
     )
     with subprocess.Popen([sys.executable, "-c", listen], stdout=subprocess.PIPE, text=True) as service:
         try:
             assert service.stdout is not None
-            with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+            with zmq.Context() as context, context.socket(zmq.XPUB) as socket:
                 socket.linger = 0
                 monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
                 socket.connect(service.stdout.readline().strip())
                 assert monitor.poll(10_000)
                 monitor.recv_multipart()
+                assert socket.poll(10_000)  # somebody subscribes
+                socket.recv()
                 socket.send(b"before")
                 assert service.stdout.readline() == "before\n"
                 time.sleep(0.5)  # a ping has come, and with it the time that it is good for
                 service.send_signal(signal.SIGSTOP)
                 assert monitor.poll(20_000)  # no heartbeat of its own, and yet it noticed
                 service.send_signal(signal.SIGCONT)
-                socket.send(b"after")
+                deadline = time.monotonic() + 20
+                while not select.select([service.stdout], [], [], 0.1)[0]:  # until it has subscribed again
+                    assert time.monotonic() < deadline
+                    socket.send(b"after")
                 assert service.stdout.readline() == "after\n"
                 socket.disable_monitor()
                 monitor.close()
@@ -318,9 +324,7 @@ def test_a_producer_hears_that_the_service_is_frozen_and_connects_again() -> Non
 @pytest.mark.parametrize(("heartbeat", "timeout"), [(0.1, 0.2), (0.1, 3600.0), (600.0, 3600.0)])
 def test_the_bounds_of_the_signs_of_life_are_taken(heartbeat: float, timeout: float) -> None:
     with open_source("tcp://127.0.0.1:*", heartbeat=heartbeat, heartbeat_timeout=timeout) as source:
-        with ZmqProducer(source.address) as producer:
-            producer.send_bytes(b"hello")
-        assert receive(source) == b"hello"
+        assert exchange(source, send_all(source.address, b"hello")) == [b"hello"]
 
 
 def test_a_service_that_is_slower_than_its_heartbeats_loses_nothing_under_pull() -> None:
@@ -330,6 +334,8 @@ def test_a_service_that_is_slower_than_its_heartbeats_loses_nothing_under_pull()
         with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
             socket.sndhwm = 8
             socket.connect(source.address)
+            socket.send(b"hello")
+            assert receive(source) == b"hello"
             # Until the queues of both sides and the kernel's buffers are full: nothing fits for a while.
             while total < 60_000 and socket.poll(1000, zmq.POLLOUT):
                 socket.send(total.to_bytes(4, "big") + bytes(1000))

@@ -19,7 +19,6 @@ from engine.tensorrt_api import Precision, Progress
 MAX_BATCH = 4096
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 WORKSPACE_MIB = 1024
-PLUGIN = Path("build/libonset_nms.so")
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ def compile_bundle(
 ) -> list[Path]:
     """Build what the cache lacks; returns the files of all plans. `workspace`: MiB of scratch memory.
 
-    With a `plugin`, the library that `make plugin` builds, plans end in it, and give segments.
+    With a `plugin`, the path of the library that `make plugin` builds, plans end in it, and give segments.
     Raises BundleError when TensorRT refuses the graph, ConfigError for what this machine cannot do.
     """
     known, numbers = known_precision(precision), batches(streams or default_streams())

@@ -11,13 +11,13 @@ typed: precision lies in the graph (`engine.precision`), and from 11 on there is
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from engine import native
 from engine.errors import BundleError, ConfigError, EngineError
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -25,9 +25,6 @@ Precision = Literal["fp32", "fp16", "bf16"]
 Progress = Callable[[str, float | None], None]
 
 log = logging.getLogger(__name__)
-
-# TensorRT refuses what its registry has already, and a library stays in it as long as the process lives.
-_plugins: set[Path] = set()
 
 
 @dataclass(frozen=True)
@@ -51,20 +48,12 @@ def is_strongly_typed() -> bool:
 def load_plugin(library: Path) -> None:
     """Enter our NMS plugin into TensorRT's registry, for this process; again is no harm.
 
-    Raises ConfigError when `library` is missing, or was built for another TensorRT.
+    Raises ConfigError when `library` is missing, may not be loaded (see `engine.native`), or was built for
+    another TensorRT.
     """
     _tensorrt()  # loads the TensorRT whose registry it is to enter
-    if library.resolve() in _plugins:
-        return
-    if not library.is_file():
-        raise ConfigError(
-            f"{library} is not there, the NMS plugin that gives segments; build it with "
-            "`TENSORRT_INCLUDE=FOLDER_OF_NvInfer.h make plugin`, or do without segments"
-        )
     try:
-        register = ctypes.CDLL(str(library.resolve())).onset_nms_register
-    except OSError as problem:
-        raise ConfigError(f"{library}: cannot be loaded: {problem}; build it on this machine") from None
+        register = native.load(library).onset_nms_register
     except AttributeError:
         raise ConfigError(
             f"{library}: has the kernel alone, no plugin; build it with "
@@ -73,9 +62,8 @@ def load_plugin(library: Path) -> None:
     if status := register():
         raise ConfigError(
             f"{library}: TensorRT {version()} does not take the plugin ({status}); build it with "
-            "TENSORRT_INCLUDE naming the headers of that TensorRT"
+            "TENSORRT_INCLUDE naming the headers of that TensorRT, and load it from one file only"
         )
-    _plugins.add(library.resolve())
 
 
 def build(

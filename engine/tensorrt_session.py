@@ -10,7 +10,7 @@ one CUDA stream:
 4. scatter: `next_state` back to its rows of the table;
 5. outputs to pinned memory, one copy.
 
-With `segments` the plan ends in our NMS plugin, and what a stream emitted is a second table, moved alike.
+With a `plugin` the plan ends in it, our NMS, and what a stream emitted is a second table, moved alike.
 Rows are moved by two kernels of twenty instructions (`rows.ptx`) rather than inside of the graph: ONNX has a
 Gather, but its scatter returns a new table, so each step would copy the states of all slots to change a few.
 As states are gathered, a plan reads and writes the same two buffers at every step. So there is no parity of
@@ -68,13 +68,12 @@ class TensorRtSession:
         cuda_graphs: bool = True,
         workspace: int = compiler.WORKSPACE_MIB,
         gpu: int = 0,
-        segments: bool = False,
-        plugin: Path = compiler.PLUGIN,
+        plugin: Path | None = None,
     ) -> None:
         """Open a bundle: build the plans that the cache lacks (minutes), and run each twice.
 
         `streams`: batches to have plans for, default: powers of two; `workspace`: MiB to build in;
-        `segments`: steps give them, too, found by `plugin`, the library that `make plugin` builds.
+        `plugin`: the path of the library that `make plugin` builds; with it, steps give segments, too.
         Raises BundleError when the bundle is damaged or TensorRT refuses it, ConfigError where this machine
         has no GPU, or no TensorRT, that can be used.
         """
@@ -85,7 +84,7 @@ class TensorRtSession:
         expected = tensors_of(self._manifest)
         self._outputs = {tensor.name: tensor.shape for tensor in self._manifest.outputs}
         sizes = {"state": state_size(self._manifest)}
-        if segments:
+        if plugin is not None:
             graph = with_nms(bundle, self._manifest, graph)
             load_plugin(plugin)
             assert self._manifest.nms is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,19 +17,36 @@ from tests.engine.fake_driver import FakeDriver
 from tests.engine.fake_tensorrt import RELEASES, install
 
 ROOT = Path(__file__).resolve().parents[2]
-NOWHERE = Path("nowhere.so")
 
 
-def onset(*arguments: str, isolated: bool = False) -> subprocess.CompletedProcess[str]:
+def onset(
+    *arguments: str, isolated: bool = False, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
     hidden = (
         "import sys; sys.modules.update(onnxruntime=None, tensorrt=None, cuda=None); " if isolated else ""
     )
-    code = f"{hidden}import onset, sys; sys.argv = ['onset', *sys.argv[1:]]; onset.main()"
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    at = f"import sys; sys.path[0] = {str(ROOT)!r}; "  # as the command `onset` has no working directory there
+    code = f"{at}{hidden}import onset; sys.argv = ['onset', *sys.argv[1:]]; onset.main()"
+    command = [sys.executable, "-c", code, *arguments]
+    known = os.environ | environment
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=known)
+
+
+def trap(folder: Path, name: str) -> Path:
+    """A library in `folder` that leaves `sprung` in the working directory and says so when it is loaded."""
+    folder.mkdir()
+    (folder / "trap.c").write_text(
+        "#include <stdio.h>\n__attribute__((constructor)) static void spring(void)"
+        '{ fclose(fopen("sprung", "w")); fputs("sprung!", stderr); }'
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", name, "trap.c"], cwd=folder, check=True)
+    for place in (folder, folder / name):
+        place.chmod(0o755)
+    return folder / name
 
 
 def finding(what: str, bundle: Path | None = None) -> Finding:
-    return next(f for f in diagnose(bundle, NOWHERE).findings if f.what == what)
+    return next(f for f in diagnose(bundle).findings if f.what == what)
 
 
 def test_this_machine_can_run_a_bundle_and_the_exit_status_says_so() -> None:
@@ -57,7 +75,7 @@ def test_a_machine_with_a_gpu_shows_it_with_its_plans(
 ) -> None:
     install(monkeypatch, FakeDriver(), RELEASES[1])
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("plans")))
-    assert diagnose(bundle, NOWHERE).engines == ("onnxruntime", "tensorrt")
+    assert diagnose(bundle).engines == ("onnxruntime", "tensorrt")
     assert finding("GPU").found == "Fake GPU (sm_90), driver for CUDA 12.6"
     assert finding("TensorRT").found == RELEASES[1]
     assert "onset compile" in finding("plans", bundle).advice
@@ -70,16 +88,44 @@ def test_a_machine_with_a_gpu_shows_it_with_its_plans(
 
 def test_a_gpu_that_is_too_old_is_not_called_good(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeDriver(capability=(6, 1)))
-    assert diagnose(None, NOWHERE).engines == ("onnxruntime",)
+    assert diagnose(None).engines == ("onnxruntime",)
     assert "too old" in finding("GPU").advice
 
 
 def test_a_plugin_that_cannot_be_loaded_is_broken(tmp_path: Path) -> None:
     path = tmp_path / "libonset_nms.so"
     path.write_bytes(b"not a library")
+    path.chmod(0o644)
     found = next(f for f in diagnose(None, path).findings if f.what == "NMS plugin")
     assert found.good is False
-    assert "make plugin" in found.advice
+    assert "build it on this machine" in found.advice
+
+
+def test_nothing_is_loaded_from_where_one_happens_to_stand(tmp_path: Path) -> None:
+    """Neither by a name of its own, nor because a path of the environment says so without a word."""
+    trap(tmp_path / "build", "libonset_nms.so")
+    done = onset("doctor", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "sprung").exists()
+    assert "no --plugin was given" in done.stdout
+    done = onset("doctor", cwd=tmp_path, LD_LIBRARY_PATH=":/opt/cuda/lib", PYTHONPATH="")
+    assert "LD_LIBRARY_PATH: ':/opt/cuda/lib' has an empty or relative part" in done.stdout
+    assert "PYTHONPATH:" not in done.stdout
+
+
+def test_a_plugin_that_is_named_is_shown_and_then_loaded(tmp_path: Path) -> None:
+    library = trap(tmp_path / "build", "libonset_nms.so")
+    done = onset("doctor", "--plugin", "build/libonset_nms.so", cwd=tmp_path)
+    shown = "".join(done.stderr.split())
+    assert f"loading{library}intothisprocess" in shown, done.stderr
+    assert shown.index(str(library)) < shown.index("sprung!"), "its code ran before it was named"
+
+
+def test_compile_with_segments_takes_a_plugin_that_is_named(tiny_bundle: Path) -> None:
+    for given in (["--segments"], ["--plugin", "libonset_nms.so"]):
+        done = onset("compile", str(tiny_bundle), *given)
+        assert done.returncode == 2
+        assert "--segments and --plugin go together" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def diagnose(bundle: Path | None, plugin: Path | None = None) -> Diagnosis:
 def _onnxruntime() -> Finding:
     try:
         import onnxruntime
-    except ImportError as problem:
+    except Exception as problem:  # a broken installation may raise anything
         return Finding("onnxruntime", None, str(problem), "to run on the CPU: pip install '.[cpu]'")
     return Finding("onnxruntime", True, str(onnxruntime.__version__))
 
@@ -85,10 +85,11 @@ def _onnxruntime() -> Finding:
 def _gpu(here: str) -> tuple[Finding, Gpu | None]:
     try:
         gpu = Gpu()
+        found = f"{gpu.name} ({gpu.architecture}), driver for CUDA {gpu.driver_version}"
+        is_old = gpu.capability < (7, 5)
     except OnsetError as problem:
         return Finding("GPU", None, str(problem).split(";")[0], _gpu_advice(here)), None
-    found = f"{gpu.name} ({gpu.architecture}), driver for CUDA {gpu.driver_version}"
-    if gpu.capability < (7, 5):
+    if is_old:
         return Finding("GPU", None, found, "too old: sm_75 (Turing) or newer is needed; run on the CPU"), None
     return Finding("GPU", True, found), gpu
 
@@ -177,7 +178,7 @@ def _graphs(bundle: Path) -> tuple[dict[str, bytes], list[Finding]]:
 
 def _plans(bundle: Path, graphs: dict[str, bytes], gpu: Gpu | None) -> Finding:
     cache = PlanCache(bundle)
-    files = {path.name for path in cache.folder.glob("*.plan")}
+    files = cache.files()
     there = f"{len(files)} in {cache.folder}"
     if gpu is None:
         return Finding("plans", None, there, "they need a GPU and TensorRT, see above")

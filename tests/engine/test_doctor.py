@@ -6,13 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from engine import BundleError, ConfigError
+from engine import BundleError, ConfigError, compiler
 from engine.compiler import compile_bundle
 from engine.doctor import Finding, diagnose, machine
+from engine.gpu import Gpu
+from engine.plans import PlanCache
 from tests.engine.fake_driver import FakeDriver
 from tests.engine.fake_tensorrt import RELEASES, install
 
@@ -176,17 +179,59 @@ def test_compile_builds_what_is_lacking_and_shows_how_far_it_is(
     assert all(plan.is_file() for plan in plans)
 
 
-def test_the_timing_cache_grows_from_build_to_build_and_one_that_does_not_fit_is_dropped(
-    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path
+def flip(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("damage", [flip, lambda c: c[:-1], lambda c: b"", lambda c: b"..."])
+def test_a_timing_cache_grows_from_build_to_build_and_one_that_is_damaged_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[bytes], bytes],
 ) -> None:
     install(monkeypatch, FakeDriver())
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("plans")))
     compile_bundle(bundle, streams=(1, 2, 4))
     (timing,) = (bundle / "plans").glob("*.timing")
-    assert timing.read_bytes() == b"..."
-    timing.write_bytes(b"of another GPU")
+    whole = timing.read_bytes()
+    assert whole.endswith(b"}\n...")
+    timing.write_bytes(damage(whole))
     compile_bundle(bundle, streams=(8,))
-    assert timing.read_bytes() == b"."
+    assert "tactics are timed anew" in caplog.text
+    assert timing.read_bytes().endswith(b"}\n.")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"of another GPU", "refuses"), (b"??", "refuses"), (b"..!", "a timing that no tactic has; it is tried")],
+)
+def test_a_timing_cache_that_tensorrt_refuses_or_cannot_build_with_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    content: bytes,
+    words: str,
+) -> None:
+    install(monkeypatch, FakeDriver())
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("plans")))
+    cache, key = PlanCache(bundle), compiler.key_of(b"", Gpu(), "fp32", 1)
+    cache.keep_timing(key, content)
+    compile_bundle(bundle, streams=(8,))
+    assert words in caplog.text
+    assert cache.timing(key) == b"."
+
+
+def test_plans_that_cannot_be_kept_are_no_success_of_compile(
+    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    install(monkeypatch, FakeDriver())
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("plans")))
+    (bundle / "plans").write_text("a file is in the way")
+    with pytest.raises(ConfigError, match="plans cannot be kept there"):
+        compile_bundle(bundle, streams=(1,))
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -44,8 +44,8 @@ def compile_(
     """
     if segments != (plugin is not None):
         raise ConfigError(
-            "--segments and --plugin go together: `--segments --plugin PATH/libonset_nms.so`, the library that "
-            "`make plugin` builds"
+            "--segments and --plugin go together: `--segments --plugin PATH/libonset_nms.so`, the library "
+            "that `make plugin` builds"
         )
     started = time.monotonic()
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()

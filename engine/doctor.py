@@ -140,7 +140,9 @@ def _tensorrt_advice(here: str) -> str:
 def _plugin(path: Path | None, tensorrt: Finding) -> Finding:
     """Nothing is loaded but what was named, and that is looked at before."""
     if path is None:
-        advice = "optional: TENSORRT_INCLUDE=FOLDER_OF_NvInfer.h make plugin, then --plugin build/libonset_nms.so"
+        advice = (
+            "optional: TENSORRT_INCLUDE=FOLDER_OF_NvInfer.h make plugin, then --plugin build/libonset_nms.so"
+        )
         return Finding("NMS plugin", None, "no --plugin was given", advice)
     try:
         if tensorrt.good:

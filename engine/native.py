@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def trusted(path: Path) -> Path:
-    """The file itself, links followed. Raises ConfigError unless this user or root alone can have written it."""
+    """The file, links followed. Raises ConfigError unless this user or root alone can have written it."""
     try:
         file = path.resolve(strict=True)
         if not stat.S_ISREG(file.stat().st_mode):
@@ -37,9 +37,9 @@ def trusted(path: Path) -> Path:
             is_sticky = bool(found.st_mode & stat.S_ISVTX) and place not in (file, file.parent)
             if found.st_mode & _OTHERS_WRITE and not is_sticky:
                 raise ConfigError(
-                    f"{file} is not loaded: others can write {place} (mode {stat.S_IMODE(found.st_mode):04o}), "
-                    f"and so put in what they like; `chmod go-w {place}`, or copy the library to a folder that "
-                    "only you can write"
+                    f"{file} is not loaded: others can write {place} (mode "
+                    f"{stat.S_IMODE(found.st_mode):04o}), and put in what they like; `chmod go-w {place}`, "
+                    "or copy the library to a folder that only you can write"
                 )
     except (OSError, RuntimeError, ValueError) as problem:  # links in a circle are a RuntimeError before 3.13
         raise ConfigError(f"{path}: cannot be loaded: {problem}") from None

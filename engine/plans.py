@@ -95,8 +95,8 @@ class PlanCache:
             problem, content = _checked(path, magic, expected)
         except FileNotFoundError:
             return None
-        except OSError as refused:
-            problem, content = f"cannot be read: {refused.strerror}", None
+        except (OSError, MemoryError) as refused:
+            problem, content = f"cannot be read: {refused or 'there is no memory for it'}", None
         if problem:
             log.warning("%s: %s; %s", path, problem, instead)
         return content

@@ -4,8 +4,8 @@ The one module that imports `tensorrt`. It uses what 8.5 to 11.x share: tensors 
 (`set_tensor_address`, `execute_async_v3`), networks with an explicit batch. Knows nothing of bundles, slots
 or the CUDA driver: it is given addresses and a stream.
 
-What differs between the versions is in `_network` and `_set_precision`. Before 10, precision is a choice of the
-builder, which is told layer by layer what must not be in half precision. From 10 on networks are strongly
+What differs between the versions is in `_network` and `_set_precision`. Before 10, precision is a choice of
+the builder, which is told layer by layer what must not be in half precision. From 10 on networks are strongly
 typed: precision lies in the graph (`engine.precision`), and from 11 on there is no other way.
 """
 
@@ -101,9 +101,10 @@ def build(
             if not start:
                 break
             log.warning("the build failed: %s; it is tried without the timing cache", logger.since(before))
+    why = logger.since(before)
     raise BundleError(
-        f"TensorRT {trt.__version__} cannot build the graph for {batch} streams: {logger.since(before)}; if it "
-        "ran out of memory, give --workspace more or --streams less, and see that the GPU is free"
+        f"TensorRT {trt.__version__} cannot build the graph for {batch} streams: {why}; if it ran out of "
+        "memory, give --workspace more or --streams less, and see that the GPU is free"
     )
 
 
@@ -203,9 +204,10 @@ def _parsed(trt: Any, builder: Any, graph: bytes) -> Any:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(graph):
         problems = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        why = "; ".join(problems) or logger.since(before)
         raise BundleError(
-            f"TensorRT {trt.__version__} cannot read the graph: {'; '.join(problems) or logger.since(before)}; "
-            "run this bundle on ONNX Runtime, or install a newer TensorRT"
+            f"TensorRT {trt.__version__} cannot read the graph: {why}; run this bundle on ONNX Runtime, or "
+            "install a newer TensorRT"
         )
     return network
 

@@ -163,8 +163,8 @@ class TensorRtSession:
         content, timing = compiler.build(
             cache, key, self._gpu, graph, precision, workspace, lambda doing, done: None
         )
-        if problem := compiler.kept(cache, key, content, timing):
-            log.warning("%s: each start will build them", problem)
+        if hindrance := compiler.kept(cache, key, content, timing):
+            log.warning("%s: each start will build them", hindrance)
         return Plan(content, batch)
 
 

@@ -205,7 +205,11 @@ def test_a_timing_cache_grows_from_build_to_build_and_one_that_is_damaged_is_rep
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"of another GPU", "refuses"), (b"??", "refuses"), (b"..!", "a timing that no tactic has; it is tried")],
+    [
+        (b"of another GPU", "refuses"),
+        (b"??", "refuses"),
+        (b"..!", "a timing that no tactic has; it is tried"),
+    ],
 )
 def test_a_timing_cache_that_tensorrt_refuses_or_cannot_build_with_is_replaced(
     monkeypatch: pytest.MonkeyPatch,

@@ -64,7 +64,7 @@ class Built(NamedTuple):
     known: Path  # native/known.cpp
 
     def run(self, tensorrt: str, code: str) -> str:
-        """What a fresh process prints. `load`: loads one of `trt`, `plugin`, `known` or a path, as dlopen does."""
+        """What a fresh process prints; `load`, as dlopen does, one of `trt`, `plugin`, `known`, or a path."""
         names = {"trt": self.tensorrt[tensorrt], "plugin": self.plugin, "known": self.known}
         start = (
             f"import ctypes, _ctypes; paths = { {n: str(p) for n, p in names.items()}!r}\n"
@@ -84,8 +84,9 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     name = f"libnvinfer.so.{major[1]}"
     includes = [f"-isystem{place}" for place in (headers, Path(nvcc()).parents[1] / "include")]
     tensorrt = {"stand-in": compiled("registry", folder, *includes, f"-Wl,-soname,{name}")}
-    places = [Path(place) for place in os.environ.get("TENSORRT_LIBRARY", "").split(os.pathsep) if place]
-    tensorrt |= {"real": place / name for place in places if (place / name).is_file()}
+    for place in filter(None, os.environ.get("TENSORRT_LIBRARY", "").split(os.pathsep)):
+        if Path(place, name).is_file():
+            tensorrt["real"] = Path(place, name)
     return Built(headers, folder / "libonset_nms.so", tensorrt, compiled("known", folder, *includes))
 
 
@@ -98,7 +99,7 @@ def test_make_plugin_adds_the_adapter_that_the_headers_call_for(built: Built) ->
 @needs_headers
 @pytest.mark.parametrize("tensorrt", ["stand-in", "real"])
 def test_loading_the_plugin_is_enough_to_make_it_known(built: Built, tensorrt: str) -> None:
-    """As `trtexec --plugins` loads it; afterwards `onset_nms_register` says what is so, and unloading is no harm."""
+    """As `trtexec --plugins` loads it; `onset_nms_register` then says what is so; unloading is no harm."""
     if tensorrt not in built.tensorrt:
         pytest.skip("needs a real TensorRT of the headers' version: set TENSORRT_LIBRARY")
     code = """
@@ -148,8 +149,10 @@ def test_loadlibrary_of_tensorrt_10_takes_it_in_either_order(built: Built, first
     if built.run("stand-in", "print(hasattr(load('plugin'), 'getCreators'))") == "False":
         pytest.skip("not before TensorRT 10")
     code = f"""
-load({first!r}); trt, known = load('trt'), load('known')
-print(known.load_library(paths['plugin'].encode()), known.known(), trt.creators_known(), trt.creators_told_twice())
+load({first!r})
+trt, known = load('trt'), load('known')
+loaded = known.load_library(paths['plugin'].encode())
+print(loaded, known.known(), trt.creators_known(), trt.creators_told_twice())
 """
     assert built.run("stand-in", code) == "1 1 1 0"
 

@@ -341,8 +341,17 @@ def test_where_plans_cannot_be_kept_the_session_runs_and_says_so(
     assert "each start will build them" in caplog.text
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOSPC])
-@pytest.mark.parametrize("call", ["stat", "open", "write_bytes", "replace", "mkdir", "unlink"])
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        ("stat", errno.EACCES),
+        ("open", errno.EIO),
+        ("write_bytes", errno.ENOSPC),
+        ("replace", errno.EACCES),
+        ("mkdir", errno.EROFS),
+        ("unlink", errno.EIO),
+    ],
+)
 def test_nothing_that_the_machine_says_of_the_cache_stops_a_start(
     trt: FakeTensorRt,
     bundle: Path,

@@ -79,8 +79,8 @@ def kept(cache: PlanCache, key: PlanKey, plan: bytes, timing: bytes) -> str:
     try:
         cache.write(key, plan)
         cache.keep_timing(key, timing)
-    except OSError as problem:
-        return f"{cache.folder}: plans cannot be kept there: {problem}"
+    except (OSError, MemoryError) as problem:
+        return f"{cache.folder}: plans cannot be kept there: {problem or 'there is no memory for it'}"
     return ""
 
 

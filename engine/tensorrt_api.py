@@ -307,7 +307,10 @@ def _monitor(trt: Any, report: Progress) -> Any:
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name == self.phase:
-                report("building", (step + 1) / self.steps)
+                try:
+                    report("building", (step + 1) / self.steps)
+                except Exception as problem:  # which in a thread of TensorRT's would end the process
+                    log.warning("progress of the build cannot be told: %r", problem)
             return True  # go on
 
         def phase_finish(self, phase_name: str) -> None:

@@ -228,6 +228,16 @@ def test_a_timing_cache_that_tensorrt_refuses_or_cannot_build_with_is_replaced(
     assert cache.timing(key) == b"."
 
 
+def test_a_report_that_fails_in_a_thread_of_tensorrt_goes_no_further(
+    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There the bindings make of a Python exception a C++ one that nobody catches."""
+    install(monkeypatch, FakeDriver())
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("plans")))
+    compile_bundle(bundle, streams=(1,), report=lambda doing, done: done and 1 / 0)
+    assert "progress of the build cannot be told: ZeroDivisionError" in caplog.text
+
+
 def test_plans_that_cannot_be_kept_are_no_success_of_compile(
     monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path
 ) -> None:

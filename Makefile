@@ -49,13 +49,13 @@ chaos: .venv/.dev
 	touch $@
 
 # BUILD/libonset_nms.so: the NMS kernel, and with TENSORRT_INCLUDE (the folder of NvInfer.h) its TensorRT plugin.
-# ARCHITECTURES=90, say, for fewer than all of them.
+# ARCHITECTURES=90, say, for fewer than all of them. A library that others can write would not be loaded.
 plugin: $(if $(and $(NVCC),$(CMAKE)),,.venv/.plugin)
-	$(or $(CMAKE),$(BIN)/cmake) -S engine/nms -B $(BUILD)/nms \
+	umask 022 && $(or $(CMAKE),$(BIN)/cmake) -S engine/nms -B $(BUILD)/nms \
 	    -DCMAKE_CUDA_COMPILER="$(or $(NVCC),$$(ls $(CURDIR)/.venv/lib/python3*/site-packages/nvidia/cu*/bin/nvcc))" \
 	    -DCMAKE_CUDA_ARCHITECTURES="$(ARCHITECTURES)" -DTENSORRT_INCLUDE="$(abspath $(TENSORRT_INCLUDE))" \
 	    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$(abspath $(BUILD))"
-	$(or $(CMAKE),$(BIN)/cmake) --build $(BUILD)/nms
+	umask 022 && $(or $(CMAKE),$(BIN)/cmake) --build $(BUILD)/nms
 
 .venv/.gpu: .venv/.dev
 	$(BIN)/python -m pip install --quiet --editable '.[gpu]'

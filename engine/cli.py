@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from engine.compiler import PLUGIN, WORKSPACE_MIB, compile_bundle
+from engine.compiler import WORKSPACE_MIB, compile_bundle
 from engine.doctor import diagnose
 from engine.errors import ConfigError
 
@@ -30,7 +30,10 @@ def compile_(
     segments: Annotated[
         bool, typer.Option("--segments", help="End the plans in the NMS plugin, for programs of your own.")
     ] = False,
-    plugin: Annotated[Path, typer.Option(help="The NMS plugin, as `make plugin` builds it.")] = PLUGIN,
+    plugin: Annotated[
+        Path | None,
+        typer.Option(help="With --segments: the library that `make plugin` builds. Its code is run."),
+    ] = None,
 ) -> None:
     """Build the TensorRT plans of a bundle ahead, for the GPU of this machine.
 
@@ -39,6 +42,11 @@ def compile_(
 
     Example: onset compile BUNDLE --precision fp16 --streams 1,8,64
     """
+    if segments != (plugin is not None):
+        raise ConfigError(
+            "--segments and --plugin go together: `--segments --plugin PATH/libonset_nms.so`, the library "
+            "that `make plugin` builds"
+        )
     started = time.monotonic()
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -47,8 +55,7 @@ def compile_(
         def report(doing: str, done: float | None) -> None:
             bar.update(task, description=doing, total=None if done is None else 1.0, completed=done)
 
-        wanted = plugin if segments else None
-        plans = compile_bundle(bundle, precision, _numbers(streams), workspace, report, wanted)
+        plans = compile_bundle(bundle, precision, _numbers(streams), workspace, report, plugin)
     console = Console(stderr=True)
     for plan in plans:
         console.print(f"{plan}: {plan.stat().st_size / 2**20:.1f} MiB", highlight=False, soft_wrap=True)
@@ -62,7 +69,10 @@ def doctor(
     engine: Annotated[
         str | None, typer.Option(help="onnxruntime or tensorrt: the one that has to work. Default: any.")
     ] = None,
-    plugin: Annotated[Path, typer.Option(help="The NMS plugin, as `make plugin` builds it.")] = PLUGIN,
+    plugin: Annotated[
+        Path | None,
+        typer.Option(help="The library that `make plugin` builds: can it be used? Its code is run."),
+    ] = None,
 ) -> None:
     """Say what of this machine can run a bundle, what is missing, and what to install. Changes nothing.
 

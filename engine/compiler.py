@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -19,9 +18,6 @@ from engine.tensorrt_api import Precision, Progress
 MAX_BATCH = 4096
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 WORKSPACE_MIB = 1024
-PLUGIN = Path("build/libonset_nms.so")
-
-log = logging.getLogger(__name__)
 
 
 def compile_bundle(
@@ -34,8 +30,9 @@ def compile_bundle(
 ) -> list[Path]:
     """Build what the cache lacks; returns the files of all plans. `workspace`: MiB of scratch memory.
 
-    With a `plugin`, the library that `make plugin` builds, plans end in it, and give segments.
-    Raises BundleError when TensorRT refuses the graph, ConfigError for what this machine cannot do.
+    With a `plugin`, the path of the library that `make plugin` builds, plans end in it, and give segments.
+    Raises BundleError when TensorRT refuses the graph, ConfigError for what this machine cannot do, and where
+    plans cannot be kept.
     """
     known, numbers = known_precision(precision), batches(streams or default_streams())
     manifest, graph = read_bundle(bundle)
@@ -47,7 +44,9 @@ def compile_bundle(
     keys = [key_of(graph, gpu, known, batch) for batch in numbers]
     for key in keys:
         if cache.read(key) is None:
-            build(cache, key, gpu, graph, known, workspace, report)
+            built = build(cache, key, gpu, graph, known, workspace, report)
+            if problem := kept(cache, key, *built):
+                raise ConfigError(f"{problem}; give this user the right to write there")
     return [cache.folder / key.file for key in keys]
 
 
@@ -59,13 +58,13 @@ def build(
     precision: Precision,
     workspace: int,
     report: Progress,
-) -> bytes:
-    """Build a plan and keep it. Where the cache cannot be written, a warning says so, and no more."""
+) -> tuple[bytes, bytes]:
+    """A plan and what its build measured, which starts from what the cache has of earlier ones."""
     if precision == "bf16" and gpu.capability < (8, 0):
         raise ConfigError(f"{gpu.name} ({gpu.architecture}) does not know bf16, sm_80 and newer do; use fp16")
     if precision != "fp32" and tensorrt_api.is_strongly_typed():
         graph = in_precision(graph, precision)
-    plan, timing = tensorrt_api.build(
+    return tensorrt_api.build(
         graph,
         key.batch,
         precision,
@@ -73,18 +72,22 @@ def build(
         cache.timing(key),
         lambda doing, done: report(f"{key.batch} streams: {doing}", done),
     )
+
+
+def kept(cache: PlanCache, key: PlanKey, plan: bytes, timing: bytes) -> str:
+    """Keep what `build` returned. What hinders it, as a sentence; empty where it is kept."""
     try:
         cache.write(key, plan)
         cache.keep_timing(key, timing)
-    except OSError as problem:
-        log.warning("%s: plans cannot be kept there (%s): each start will build them", cache.folder, problem)
-    return plan
+    except (OSError, MemoryError) as problem:
+        return f"{cache.folder}: plans cannot be kept there: {problem or 'there is no memory for it'}"
+    return ""
 
 
 def key_of(graph: bytes, gpu: Gpu, precision: Precision, batch: int) -> PlanKey:
     """What a plan of this graph for this machine is kept under."""
     digest = hashlib.sha256(graph).hexdigest()
-    return PlanKey(digest, tensorrt_api.version(), gpu.architecture, precision, batch)
+    return PlanKey(digest, tensorrt_api.version(), gpu.architecture, gpu.name, precision, batch)
 
 
 def known_precision(precision: str) -> Precision:

@@ -8,14 +8,15 @@ are read. Nothing is installed, built or changed.
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import re
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from engine import compiler, tensorrt_api
-from engine.errors import BundleError, OnsetError
+from engine import compiler, native, tensorrt_api
+from engine.errors import BundleError, ConfigError, OnsetError
 from engine.gpu import Gpu
 from engine.manifest import read_bundle, with_nms
 from engine.plans import PlanCache
@@ -53,8 +54,8 @@ def machine(release: Path = _RELEASE) -> str:
     return f"JetPack {_JETPACKS[number]}" if number in _JETPACKS else f"Jetson Linux {number or 'unknown'}"
 
 
-def diagnose(bundle: Path | None, plugin: Path) -> Diagnosis:
-    """Look at this machine, at a bundle's plans where one is given, and at `plugin`, our TensorRT plugin.
+def diagnose(bundle: Path | None, plugin: Path | None = None) -> Diagnosis:
+    """Look at this machine, at a bundle's plans and at our TensorRT `plugin` where they are given.
 
     Raises BundleError when there is a bundle that cannot be read.
     """
@@ -67,7 +68,7 @@ def diagnose(bundle: Path | None, plugin: Path) -> Diagnosis:
     if gpu.good and tensorrt.good:
         engines.append("tensorrt")
     about = Finding("machine", True, f"{here}, Python {platform.python_version()}")
-    findings = [about, onnxruntime, gpu, tensorrt, _plugin(plugin), *broken]
+    findings = [about, *_search_paths(), onnxruntime, gpu, tensorrt, _plugin(plugin, tensorrt), *broken]
     if bundle is not None:
         findings.append(_plans(bundle, graphs, card if tensorrt.good else None))
     return Diagnosis(tuple(findings), tuple(engines))
@@ -76,7 +77,7 @@ def diagnose(bundle: Path | None, plugin: Path) -> Diagnosis:
 def _onnxruntime() -> Finding:
     try:
         import onnxruntime
-    except ImportError as problem:
+    except Exception as problem:  # a broken installation may raise anything
         return Finding("onnxruntime", None, str(problem), "to run on the CPU: pip install '.[cpu]'")
     return Finding("onnxruntime", True, str(onnxruntime.__version__))
 
@@ -84,10 +85,11 @@ def _onnxruntime() -> Finding:
 def _gpu(here: str) -> tuple[Finding, Gpu | None]:
     try:
         gpu = Gpu()
+        found = f"{gpu.name} ({gpu.architecture}), driver for CUDA {gpu.driver_version}"
+        is_old = gpu.capability < (7, 5)
     except OnsetError as problem:
         return Finding("GPU", None, str(problem).split(";")[0], _gpu_advice(here)), None
-    found = f"{gpu.name} ({gpu.architecture}), driver for CUDA {gpu.driver_version}"
-    if gpu.capability < (7, 5):
+    if is_old:
         return Finding("GPU", None, found, "too old: sm_75 (Turing) or newer is needed; run on the CPU"), None
     return Finding("GPU", True, found), gpu
 
@@ -135,15 +137,33 @@ def _tensorrt_advice(here: str) -> str:
     return "pip install '.[tensorrt]' (some GiB), or NVIDIA's container nvcr.io/nvidia/tensorrt"
 
 
-def _plugin(path: Path) -> Finding:
-    if not path.is_file():
-        advice = "optional: TENSORRT_INCLUDE=FOLDER_OF_NvInfer.h make plugin"
-        return Finding("NMS plugin", None, f"{path} is not there", advice)
+def _plugin(path: Path | None, tensorrt: Finding) -> Finding:
+    """Nothing is loaded but what was named, and that is looked at before."""
+    if path is None:
+        advice = (
+            "optional: TENSORRT_INCLUDE=FOLDER_OF_NvInfer.h make plugin, then --plugin build/libonset_nms.so"
+        )
+        return Finding("NMS plugin", None, "no --plugin was given", advice)
     try:
-        ctypes.CDLL(str(path.resolve()))
-    except OSError as problem:
-        return Finding("NMS plugin", False, str(problem), "build it on this machine: make plugin")
-    return Finding("NMS plugin", True, str(path))
+        if tensorrt.good:
+            tensorrt_api.load_plugin(path)
+        else:
+            native.load(path)
+    except ConfigError as problem:
+        found, _, advice = str(problem).partition("; ")
+        return Finding("NMS plugin", False, found, advice)
+    return Finding("NMS plugin", True, f"{path}" if tensorrt.good else f"{path}, with no TensorRT to enter")
+
+
+def _search_paths() -> list[Finding]:
+    """Whether libraries and modules are looked for where one happens to stand."""
+    findings = []
+    for name in ("LD_LIBRARY_PATH", "PYTHONPATH"):
+        value = os.environ.get(name, "")
+        if value and any(not os.path.isabs(place) for place in value.split(os.pathsep)):
+            found = f"{value!r} has an empty or relative part: code is loaded from the working directory"
+            findings.append(Finding(name, False, found, f"give {name} absolute paths, and no `:` at an end"))
+    return findings
 
 
 def _graphs(bundle: Path) -> tuple[dict[str, bytes], list[Finding]]:
@@ -160,7 +180,7 @@ def _graphs(bundle: Path) -> tuple[dict[str, bytes], list[Finding]]:
 
 def _plans(bundle: Path, graphs: dict[str, bytes], gpu: Gpu | None) -> Finding:
     cache = PlanCache(bundle)
-    files = {path.name for path in cache.folder.glob("*.plan")}
+    files = cache.files()
     there = f"{len(files)} in {cache.folder}"
     if gpu is None:
         return Finding("plans", None, there, "they need a GPU and TensorRT, see above")

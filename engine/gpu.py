@@ -8,6 +8,7 @@ take over from another: `activate` first.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import weakref
 from collections.abc import Callable
@@ -59,7 +60,7 @@ class Gpu:
     @property
     def name(self) -> str:
         """What NVIDIA calls it."""
-        return bytes(self._do("cuDeviceGetName", 256, self._device)).split(b"\0")[0].decode()
+        return bytes(self._do("cuDeviceGetName", 256, self._device)).split(b"\0")[0].decode(errors="replace")
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -138,16 +139,24 @@ class Gpu:
         self._do("cuStreamSynchronize", self._stream)
 
     def captured(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What enqueues, as one CUDA graph, what `work` enqueues; its addresses stay as they are now."""
+        """What enqueues, as one CUDA graph, what `work` enqueues; its addresses stay as they are now.
+
+        Raises EngineError where `work` does, or where the driver refuses; the stream is as before then.
+        """
         mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._do("cuStreamBeginCapture", self._stream, mode)
         try:
             work()
+        except BaseException:
+            # The stream would stay in capture. What was captured so far, or that nothing was, is of no use.
+            with contextlib.suppress(EngineError):
+                self._do("cuGraphDestroy", self._do("cuStreamEndCapture", self._stream))
+            raise
+        graph = self._do("cuStreamEndCapture", self._stream)
+        try:
+            executable = self._do("cuGraphInstantiate", graph, 0)
         finally:
-            # Also after a failure: the stream would stay in capture.
-            graph = self._do("cuStreamEndCapture", self._stream)
-        executable = self._do("cuGraphInstantiate", graph, 0)
-        self._do("cuGraphDestroy", graph)
+            self._do("cuGraphDestroy", graph)
         self._own("cuGraphExecDestroy", executable)
         return partial(_do, self._driver, "cuGraphLaunch", executable, self._stream)
 
@@ -166,9 +175,10 @@ class Gpu:
 def _driver() -> Any:
     try:
         from cuda.bindings import driver
-    except ImportError:
+    except Exception as problem:  # whatever its modules raise where they find no library that they can use
         raise ConfigError(
-            "`cuda-bindings` is not installed, which TensorRT needs beside it: `pip install '.[tensorrt]'`"
+            f"`cuda-bindings` cannot be used, which TensorRT needs beside it ({problem}): "
+            "`pip install '.[tensorrt]'`"
         ) from None
     return driver
 
@@ -177,7 +187,7 @@ def _do(driver: Any, call: str, *arguments: object) -> Any:
     """A call of the driver; what it returns beside its status. Raises EngineError unless it succeeds."""
     try:
         status, *values = getattr(driver, call)(*arguments)
-    except RuntimeError:  # so the bindings say that they find no driver, or an old one without this call
+    except (RuntimeError, AttributeError):  # so the bindings say that they, or the driver, lack this call
         raise EngineError(f"the driver is missing, or too old for {call}") from None
     if status != driver.CUresult.CUDA_SUCCESS:
         raise EngineError(f"{call} failed with {status.name}")

@@ -38,7 +38,10 @@ def in_precision(graph: bytes, precision: Literal["fp16", "bf16"]) -> bytes:
             f"`onnx` is not installed, which {precision} takes to compile (not to run): `pip install onnx`; "
             "fp32 does without"
         ) from None
-    model = onnx.load_model_from_string(graph)
+    try:
+        model = onnx.load_model_from_string(graph)
+    except Exception as problem:  # of the protobuf that is installed
+        raise BundleError(f"the graph is not ONNX that can be read: {problem}; export it again") from None
     half = onnx.TensorProto.FLOAT16 if precision == "fp16" else onnx.TensorProto.BFLOAT16
     constants = _constants(onnx, model.graph)
     nodes: list[Any] = []

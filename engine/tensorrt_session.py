@@ -10,7 +10,7 @@ one CUDA stream:
 4. scatter: `next_state` back to its rows of the table;
 5. outputs to pinned memory, one copy.
 
-With `segments` the plan ends in our NMS plugin, and what a stream emitted is a second table, moved alike.
+With a `plugin` the plan ends in it, our NMS, and what a stream emitted is a second table, moved alike.
 Rows are moved by two kernels of twenty instructions (`rows.ptx`) rather than inside of the graph: ONNX has a
 Gather, but its scatter returns a new table, so each step would copy the states of all slots to change a few.
 As states are gathered, a plan reads and writes the same two buffers at every step. So there is no parity of
@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine import compiler
-from engine.errors import BundleError
+from engine.errors import BundleError, EngineError
 from engine.gpu import Bytes, Gpu
 from engine.manifest import Manifest, read_bundle, with_nms
 from engine.plans import PlanCache
@@ -68,13 +68,12 @@ class TensorRtSession:
         cuda_graphs: bool = True,
         workspace: int = compiler.WORKSPACE_MIB,
         gpu: int = 0,
-        segments: bool = False,
-        plugin: Path = compiler.PLUGIN,
+        plugin: Path | None = None,
     ) -> None:
         """Open a bundle: build the plans that the cache lacks (minutes), and run each twice.
 
         `streams`: batches to have plans for, default: powers of two; `workspace`: MiB to build in;
-        `segments`: steps give them, too, found by `plugin`, the library that `make plugin` builds.
+        `plugin`: the path of the library that `make plugin` builds; with it, steps give segments, too.
         Raises BundleError when the bundle is damaged or TensorRT refuses it, ConfigError where this machine
         has no GPU, or no TensorRT, that can be used.
         """
@@ -85,7 +84,7 @@ class TensorRtSession:
         expected = tensors_of(self._manifest)
         self._outputs = {tensor.name: tensor.shape for tensor in self._manifest.outputs}
         sizes = {"state": state_size(self._manifest)}
-        if segments:
+        if plugin is not None:
             graph = with_nms(bundle, self._manifest, graph)
             load_plugin(plugin)
             assert self._manifest.nms is not None
@@ -161,7 +160,11 @@ class TensorRtSession:
                 log.warning("%s: %s; it is built anew", cache.folder / key.file, problem)
         log.info("building the %s plan for %d streams, which takes minutes; `onset compile` does it ahead",
                  precision, batch)  # fmt: skip
-        content = compiler.build(cache, key, self._gpu, graph, precision, workspace, lambda doing, done: None)
+        content, timing = compiler.build(
+            cache, key, self._gpu, graph, precision, workspace, lambda doing, done: None
+        )
+        if hindrance := compiler.kept(cache, key, content, timing):
+            log.warning("%s: each start will build them", hindrance)
         return Plan(content, batch)
 
 
@@ -220,20 +223,32 @@ class _Batch:
     def prepare(self, bundle: Path, cuda_graph: bool) -> None:
         """Run once, from zeros to finite numbers, which CUDA graphs need before; then capture, and run that.
 
-        Raises BundleError when the graph answers silence with NaN or Inf.
+        Where the driver refuses the CUDA graph, steps are launched one by one, with a warning. Raises
+        BundleError when the graph answers silence with NaN or Inf, EngineError where it does not run at all.
         """
-        for capture in (False, True)[: 1 + cuda_graph]:
-            if capture:
+        self._try_out()
+        if cuda_graph:
+            try:
                 self._graph = self._gpu.captured(self._enqueue)
-            self._feed["index"].view(np.int32)[:] = self._nobody
-            self._run()
-            for state in self._states:
-                state.clear(self._gpu, self._nobody)
+                self._try_out()
+            except EngineError as problem:
+                # As text: a record that somebody keeps would keep, through the traceback, the GPU's memory.
+                why = str(problem)
+                log.warning("%d streams: no CUDA graph: %s; steps are launched one by one", self.rows, why)
+                self._graph = None
+                self._try_out()
         if not all(np.isfinite(values).all() for values in self._hear.values()):
             raise BundleError(
                 f"{bundle}: the graph answers NaN or Inf to silence; in fp16 its activations may be too "
                 "large: use fp32 or bf16, or else its training has diverged"
             )
+
+    def _try_out(self) -> None:
+        """A step of nobody."""
+        self._feed["index"].view(np.int32)[:] = self._nobody
+        self._run()
+        for state in self._states:
+            state.clear(self._gpu, self._nobody)
 
     def run(
         self,

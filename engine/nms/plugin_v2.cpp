@@ -1,7 +1,6 @@
 // OnsetNMS for TensorRT 8, as an IPluginV2DynamicExt. A plan holds the settings as they lie in memory.
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // what 8 deprecates has no successor before 10
 
-#include "plugin_fields.h"
 #include "registration.h"
 
 namespace onset {
@@ -88,8 +87,11 @@ Creator creator;
 }  // namespace
 }  // namespace onset
 
-extern "C" int onset_nms_register() {
-    nvinfer1::IPluginRegistry* const registry = onset::registry();
-    if (!registry) return 1;
-    return registry->registerCreator(onset::creator, onset::kNamespace) ? 0 : 2;
-}
+extern "C" int onset_nms_register() { return onset::enter(onset::creator); }
+
+namespace {
+
+// So that `trtexec --plugins=` and a plain dlopen are enough. The creator above exists by now.
+[[maybe_unused]] int const registered_when_loaded = onset_nms_register();
+
+}  // namespace

@@ -1,5 +1,4 @@
 // OnsetNMS for TensorRT 10 and later, as an IPluginV3.
-#include "plugin_fields.h"
 #include "registration.h"
 
 namespace onset {
@@ -103,16 +102,21 @@ Creator creator;
 }  // namespace
 }  // namespace onset
 
-extern "C" int onset_nms_register() {
-    nvinfer1::IPluginRegistry* const registry = onset::registry();
-    if (!registry) return 1;
-    return registry->registerCreator(onset::creator, onset::kNamespace) ? 0 : 2;
-}
+extern "C" int onset_nms_register() { return onset::enter(onset::creator); }
 
-// What `trtexec --dynamicPlugins` and `IPluginRegistry::loadLibrary` look for.
+namespace {
+
+// So that `trtexec --plugins=` and a plain dlopen are enough. The creator above exists by now.
+[[maybe_unused]] int const registered_when_loaded = onset_nms_register();
+
+}  // namespace
+
+// What `trtexec --dynamicPlugins` and `IPluginRegistry::loadLibrary` ask for: creators that are yet to be
+// registered. Where loading has registered ours, none: loadLibrary fails for one that is known already.
 extern "C" nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& number) {
     static nvinfer1::IPluginCreatorInterface* const creators[] = {&onset::creator};
-    number = 1;
+    nvinfer1::IPluginRegistry* const registry = onset::registry();
+    number = registry && onset::known(*registry) == &onset::creator ? 0 : 1;
     return creators;
 }
 

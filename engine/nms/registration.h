@@ -1,9 +1,16 @@
-// How a plugin finds the registry of the TensorRT that the process has loaded already, whoever loaded it:
-// libraries are linked to none, so that the kernel can be used, and tested, without TensorRT.
+// How a plugin finds the registry of the TensorRT that the process has loaded already, whoever loaded it, and
+// enters it: libraries are linked to none, so that the kernel can be used, and tested, without TensorRT.
 #pragma once
 
 #include <NvInfer.h>
 #include <dlfcn.h>
+
+#include "plugin_fields.h"
+
+// Makes `OnsetNMS` known to TensorRT: 0, also when it was before; 1 where no TensorRT of the version that this
+// was compiled for is loaded; 2 where TensorRT refuses, or knows an OnsetNMS of another library.
+// Loading the library calls it. Who loads TensorRT later than this library has to call it then.
+extern "C" int onset_nms_register();
 
 namespace onset {
 
@@ -19,7 +26,22 @@ inline nvinfer1::IPluginRegistry* registry() {
     return function ? function() : nullptr;
 }
 
-}  // namespace onset
+// The OnsetNMS that the registry knows, whosever it is; null where it knows none.
+inline auto* known(nvinfer1::IPluginRegistry& registry) {
+#if NV_TENSORRT_MAJOR >= 10
+    return registry.getCreator(kName, kVersion, kNamespace);
+#else
+    return registry.getPluginCreator(kName, kVersion, kNamespace);
+#endif
+}
 
-// Makes `OnsetNMS` known to TensorRT: 0; 1 where none is loaded; 2 where it refuses, knowing one already.
-extern "C" int onset_nms_register();
+// What `onset_nms_register` does. TensorRT is asked first: it logs an error when it is told twice.
+template <typename Creator>
+int enter(Creator& creator) {
+    nvinfer1::IPluginRegistry* const all = registry();
+    if (!all) return 1;
+    if (auto* const found = known(*all)) return found == &creator ? 0 : 2;
+    return all->registerCreator(creator, kNamespace) ? 0 : 2;
+}
+
+}  // namespace onset

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.native import trusted
 from engine.nms_reference import Kept, keep
 from tests.benchmarks.pairs import Row, Work, paired
 from tests.benchmarks.peer import NoPeerError, Peer
@@ -29,7 +30,7 @@ from tests.engine.nms_library import Case, Library, offline_case
 from tests.gpu import driver
 
 CLASSES, NUMBER = 97, 5000
-LIBRARY = Path(os.environ.get("ONSET_NMS_LIBRARY", "build/libonset_nms.so"))
+LIBRARY = os.environ.get("ONSET_NMS_LIBRARY")  # the path of what `make plugin` builds
 
 
 def official(peer: Peer, case: Case) -> Work:
@@ -54,10 +55,10 @@ def official(peer: Peer, case: Case) -> Work:
     return run
 
 
-def kernel(case: Case) -> tuple[Work, Work, Kept]:
+def kernel(path: Path, case: Case) -> tuple[Work, Work, Kept]:
     """The kernel on what lies on the GPU; with its inputs and outputs moved; and what it kept."""
     gpu = driver.Gpu()
-    library = Library(LIBRARY, "onset_nms_launch")
+    library = Library(trusted(path), "onset_nms_launch")
     arena = library.arena(case)
     tensors, workspace = arena.tensors(gpu.upload(arena.bytes))
 
@@ -112,10 +113,10 @@ def main() -> None:
     machine = platform.machine()
     if not driver.is_there():
         sys.stderr.write("without the kernel: there is no GPU here\n")
-    elif not LIBRARY.is_file():
-        sys.stderr.write(f"without the kernel: {LIBRARY} is not there; make plugin\n")
+    elif LIBRARY is None:
+        sys.stderr.write("without the kernel: ONSET_NMS_LIBRARY names none; make plugin\n")
     else:
-        there, moved, kept = kernel(case)
+        there, moved, kept = kernel(Path(LIBRARY), case)
         differ["kernel"] = difference(kept, list(theirs()))  # type: ignore[call-overload]
         machine = driver.name().replace(" ", "-")
         rows.append(paired(what, theirs, "OnsetNMS's kernel", there, 30))

@@ -31,15 +31,21 @@ def listing(name: str) -> dict[str, Any]:
 class FakeDriver:
     """Stands in for the module `cuda.bindings.driver`."""
 
-    def __init__(self, devices: int = 1, capability: tuple[int, int] = (9, 0), memory: int = 2**40) -> None:
-        self.devices, self.capability, self.free = devices, capability, memory
+    def __init__(
+        self,
+        devices: int = 1,
+        capability: tuple[int, int] = (9, 0),
+        memory: int = 2**40,
+        device: str = "Fake GPU",
+    ) -> None:
+        self.devices, self.capability, self.free, self.device = devices, capability, memory, device
         for name, values in listing("cuda-12.9.10")["enums"].items():
             setattr(self, name, enum.IntEnum(name, values))
         self.blocks: dict[int, ctypes.Array[Any]] = {}  # by address, of GPU and host
         self.pinned: set[int] = set()
         self.pending: list[Callable[[], None]] = []
         self.capture: list[Callable[[], None]] | None = None
-        self.launched_graphs = 0
+        self.launched_graphs = self.graphs = 0  # the latter: those that are not destroyed
         self.context = threading.local()
         self._kept: list[object] = []
 
@@ -65,7 +71,7 @@ class FakeDriver:
         return self._ok(ordinal)
 
     def cuDeviceGetName(self, length: int, dev: int) -> tuple[Any, ...]:
-        return self._ok(b"Fake GPU".ljust(length, b"\0"))
+        return self._ok(self.device.encode().ljust(length, b"\0"))
 
     def cuDeviceGetAttribute(self, attrib: Any, dev: int) -> tuple[Any, ...]:
         return self._ok(self.capability[attrib.name.endswith("MINOR")])
@@ -166,6 +172,7 @@ class FakeDriver:
 
     def cuStreamEndCapture(self, hStream: int) -> tuple[Any, ...]:
         graph, self.capture = self.capture, None
+        self.graphs += 1
         return self._ok(graph)
 
     def cuGraphInstantiate(self, hGraph: list[Callable[[], None]], flags: int) -> tuple[Any, ...]:
@@ -173,6 +180,7 @@ class FakeDriver:
 
     def cuGraphDestroy(self, hGraph: list[Callable[[], None]]) -> tuple[Any, ...]:
         hGraph.clear()
+        self.graphs -= 1
         return self._ok()
 
     def cuGraphExecDestroy(self, hGraphExec: list[Callable[[], None]]) -> tuple[Any, ...]:

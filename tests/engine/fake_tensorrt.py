@@ -39,6 +39,7 @@ class FakeTensorRt(types.ModuleType):
         self.built: list[Any] = []  # configurations
         self.ran: list[int] = []  # rows of each run
         self.break_build = ""
+        self.logger: Any = None
         names = listing(f"tensorrt-{release}")
         for name, values in names["enums"].items():
             setattr(self, name, enum.IntEnum(name, values))
@@ -49,6 +50,16 @@ class FakeTensorRt(types.ModuleType):
                 body = {k: v for k, v in body.items() if k not in ("__dict__", "__weakref__")}
                 setattr(self, kind.__name__, type(kind.__name__, kind.__bases__, {**body, "_trt": self}))
         self.ILogger.Severity = enum.IntEnum("Severity", names["severity"])
+
+    def take(self, logger: Any) -> None:
+        """As the real one: the first of the process is kept, no other hears a word."""
+        if self.logger is None:
+            self.logger = logger
+        elif logger is not self.logger:
+            self.logger.log(self.ILogger.Severity.WARNING, "The logger differs from one already provided")
+
+    def say(self, error: str) -> None:
+        self.logger.log(self.ILogger.Severity.ERROR, error)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, driver: FakeDriver, release: str = RELEASES[-1]) -> FakeTensorRt:
@@ -87,7 +98,7 @@ class Builder:
     def __init__(self, logger: Any) -> None:
         if not self._trt.driver.devices:
             raise TypeError("pybind11::init(): factory function returned nullptr")
-        self._logger = logger
+        self._trt.take(logger)
 
     def create_network(self, flags: int) -> Any:
         wanted = "EXPLICIT_BATCH" if int(self._trt.__version__.split(".")[0]) < 10 else "STRONGLY_TYPED"
@@ -101,8 +112,11 @@ class Builder:
         return self._trt.IOptimizationProfile()
 
     def build_serialized_network(self, network: Any, config: Any) -> Any:
+        if b"!" in config._cache._content:
+            self._trt.say("a timing that no tactic has")
+            return None
         if self._trt.break_build:
-            self._logger.log(self._trt.ILogger.Severity.ERROR, self._trt.break_build)
+            self._trt.say(self._trt.break_build)
             return None
         assert len(config._shapes) == network.num_inputs, "an input without a profile"
         if (monitor := getattr(config, "progress_monitor", None)) is not None:
@@ -238,10 +252,14 @@ class IBuilderConfig:
         return 0
 
     def create_timing_cache(self, serialized_timing_cache: bytes) -> Any:
+        """One `.` for each build; with `?` it cannot be read, with a `!` builds fail, else another GPU's."""
+        if b"?" in serialized_timing_cache:
+            self._trt.say("Could not read timing cache")
+            return None
         return self._trt.ITimingCache(serialized_timing_cache)
 
     def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
-        fits = not cache._content.strip(b".") and not ignore_mismatch
+        fits = not cache._content.strip(b".!") and not ignore_mismatch
         if fits:
             self._cache = cache
         return fits
@@ -275,13 +293,13 @@ class Runtime:
     _trt: Any
 
     def __init__(self, logger: Any) -> None:
-        self._logger = logger
+        self._trt.take(logger)
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
         head, _, graph = serialized_engine.partition(b"\n")
         facts = json.loads(head)
         if facts["release"] != self._trt.__version__:
-            self._logger.log(self._trt.ILogger.Severity.ERROR, "Version tag does not match")
+            self._trt.say("Version tag does not match")
             return None
         return self._trt.ICudaEngine(graph, {name: tuple(shape) for name, shape in facts["shapes"].items()})
 

@@ -37,8 +37,8 @@ def test_tensorrt_is_opened_as_the_settings_say(
     assert isinstance(session, TensorRtSession)
     assert session.capacity == 3
     assert sorted(path.name.split("-", 2)[2] for path in (bundle / "plans").glob("*.plan")) == [
-        "sm_90-fp16-b1.plan",
-        "sm_90-fp16-b4.plan",
+        "sm_90-Fake-GPU-fp16-b1.plan",
+        "sm_90-Fake-GPU-fp16-b4.plan",
     ]
     assert {config._workspace for config in trt.built} == {32 * 2**20}
     assert not trt.driver.launched_graphs

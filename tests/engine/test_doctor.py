@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from engine import BundleError, ConfigError
+from engine import BundleError, ConfigError, compiler
 from engine.compiler import compile_bundle
 from engine.doctor import Finding, diagnose, machine
+from engine.gpu import Gpu
+from engine.plans import PlanCache
 from tests.engine.fake_driver import FakeDriver
 from tests.engine.fake_tensorrt import RELEASES, install
 
 ROOT = Path(__file__).resolve().parents[2]
-NOWHERE = Path("nowhere.so")
 
 
-def onset(*arguments: str, isolated: bool = False) -> subprocess.CompletedProcess[str]:
+def onset(
+    *arguments: str, isolated: bool = False, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess[str]:
     hidden = (
         "import sys; sys.modules.update(onnxruntime=None, tensorrt=None, cuda=None); " if isolated else ""
     )
-    code = f"{hidden}import onset, sys; sys.argv = ['onset', *sys.argv[1:]]; onset.main()"
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    at = f"import sys; sys.path[0] = {str(ROOT)!r}; "  # as the command `onset` has no working directory there
+    code = f"{at}{hidden}import onset; sys.argv = ['onset', *sys.argv[1:]]; onset.main()"
+    command = [sys.executable, "-c", code, *arguments]
+    known = os.environ | environment
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=known)
+
+
+def trap(folder: Path, name: str) -> Path:
+    """A library in `folder` that leaves `sprung` in the working directory and says so when it is loaded."""
+    folder.mkdir()
+    (folder / "trap.c").write_text(
+        "#include <stdio.h>\n__attribute__((constructor)) static void spring(void)"
+        '{ fclose(fopen("sprung", "w")); fputs("sprung!", stderr); }'
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", name, "trap.c"], cwd=folder, check=True)
+    for place in (folder, folder / name):
+        place.chmod(0o755)
+    return folder / name
 
 
 def finding(what: str, bundle: Path | None = None) -> Finding:
-    return next(f for f in diagnose(bundle, NOWHERE).findings if f.what == what)
+    return next(f for f in diagnose(bundle).findings if f.what == what)
 
 
 def test_this_machine_can_run_a_bundle_and_the_exit_status_says_so() -> None:
@@ -57,7 +78,7 @@ def test_a_machine_with_a_gpu_shows_it_with_its_plans(
 ) -> None:
     install(monkeypatch, FakeDriver(), RELEASES[1])
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("plans")))
-    assert diagnose(bundle, NOWHERE).engines == ("onnxruntime", "tensorrt")
+    assert diagnose(bundle).engines == ("onnxruntime", "tensorrt")
     assert finding("GPU").found == "Fake GPU (sm_90), driver for CUDA 12.6"
     assert finding("TensorRT").found == RELEASES[1]
     assert "onset compile" in finding("plans", bundle).advice
@@ -70,16 +91,44 @@ def test_a_machine_with_a_gpu_shows_it_with_its_plans(
 
 def test_a_gpu_that_is_too_old_is_not_called_good(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeDriver(capability=(6, 1)))
-    assert diagnose(None, NOWHERE).engines == ("onnxruntime",)
+    assert diagnose(None).engines == ("onnxruntime",)
     assert "too old" in finding("GPU").advice
 
 
 def test_a_plugin_that_cannot_be_loaded_is_broken(tmp_path: Path) -> None:
     path = tmp_path / "libonset_nms.so"
     path.write_bytes(b"not a library")
+    path.chmod(0o644)
     found = next(f for f in diagnose(None, path).findings if f.what == "NMS plugin")
     assert found.good is False
-    assert "make plugin" in found.advice
+    assert "build it on this machine" in found.advice
+
+
+def test_nothing_is_loaded_from_where_one_happens_to_stand(tmp_path: Path) -> None:
+    """Neither by a name of its own, nor because a path of the environment says so without a word."""
+    trap(tmp_path / "build", "libonset_nms.so")
+    done = onset("doctor", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "sprung").exists()
+    assert "no --plugin was given" in done.stdout
+    done = onset("doctor", cwd=tmp_path, LD_LIBRARY_PATH=":/opt/cuda/lib", PYTHONPATH="")
+    assert "LD_LIBRARY_PATH: ':/opt/cuda/lib' has an empty or relative part" in done.stdout
+    assert "PYTHONPATH:" not in done.stdout
+
+
+def test_a_plugin_that_is_named_is_shown_and_then_loaded(tmp_path: Path) -> None:
+    library = trap(tmp_path / "build", "libonset_nms.so")
+    done = onset("doctor", "--plugin", "build/libonset_nms.so", cwd=tmp_path)
+    shown = "".join(done.stderr.split())
+    assert f"loading{library}intothisprocess" in shown, done.stderr
+    assert shown.index(str(library)) < shown.index("sprung!"), "its code ran before it was named"
+
+
+def test_compile_with_segments_takes_a_plugin_that_is_named(tiny_bundle: Path) -> None:
+    for given in (["--segments"], ["--plugin", "libonset_nms.so"]):
+        done = onset("compile", str(tiny_bundle), *given)
+        assert done.returncode == 2
+        assert "--segments and --plugin go together" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -130,17 +179,73 @@ def test_compile_builds_what_is_lacking_and_shows_how_far_it_is(
     assert all(plan.is_file() for plan in plans)
 
 
-def test_the_timing_cache_grows_from_build_to_build_and_one_that_does_not_fit_is_dropped(
-    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path
+def flip(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("damage", [flip, lambda c: c[:-1], lambda c: b"", lambda c: b"..."])
+def test_a_timing_cache_grows_from_build_to_build_and_one_that_is_damaged_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[bytes], bytes],
 ) -> None:
     install(monkeypatch, FakeDriver())
     bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("plans")))
     compile_bundle(bundle, streams=(1, 2, 4))
     (timing,) = (bundle / "plans").glob("*.timing")
-    assert timing.read_bytes() == b"..."
-    timing.write_bytes(b"of another GPU")
+    whole = timing.read_bytes()
+    assert whole.endswith(b"}\n...")
+    timing.write_bytes(damage(whole))
     compile_bundle(bundle, streams=(8,))
-    assert timing.read_bytes() == b"."
+    assert "tactics are timed anew" in caplog.text
+    assert timing.read_bytes().endswith(b"}\n.")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"of another GPU", "refuses"),
+        (b"??", "refuses"),
+        (b"..!", "a timing that no tactic has; it is tried"),
+    ],
+)
+def test_a_timing_cache_that_tensorrt_refuses_or_cannot_build_with_is_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    content: bytes,
+    words: str,
+) -> None:
+    install(monkeypatch, FakeDriver())
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("plans")))
+    cache, key = PlanCache(bundle), compiler.key_of(b"", Gpu(), "fp32", 1)
+    cache.keep_timing(key, content)
+    compile_bundle(bundle, streams=(8,))
+    assert words in caplog.text
+    assert cache.timing(key) == b"."
+
+
+def test_a_report_that_fails_in_a_thread_of_tensorrt_goes_no_further(
+    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """There the bindings make of a Python exception a C++ one that nobody catches."""
+    install(monkeypatch, FakeDriver())
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("plans")))
+    compile_bundle(bundle, streams=(1,), report=lambda doing, done: done and 1 / 0)
+    assert "progress of the build cannot be told: ZeroDivisionError" in caplog.text
+
+
+def test_plans_that_cannot_be_kept_are_no_success_of_compile(
+    monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    install(monkeypatch, FakeDriver())
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "b", ignore=shutil.ignore_patterns("plans")))
+    (bundle / "plans").write_text("a file is in the way")
+    with pytest.raises(ConfigError, match="plans cannot be kept there"):
+        compile_bundle(bundle, streams=(1,))
 
 
 @pytest.mark.parametrize("release", RELEASES)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
+import os
 import shutil
 import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -46,13 +49,14 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A library that TensorRT takes: all that is seen of the real one, whose kernel takes a GPU."""
     return library(
         tmp_path_factory.mktemp("plugin"),
-        "static int known; int onset_nms_register(void) { return known++ ? 2 : 0; }",
+        "int onset_nms_register(void) { return 0; }",
     )
 
 
 def library(folder: Path, source: str) -> Path:
     (folder / "plugin.c").write_text(source)
     subprocess.run(["cc", "-shared", "-o", "plugin.so", "plugin.c"], cwd=folder, check=True)
+    (folder / "plugin.so").chmod(0o755)  # whatever the umask: others may not write it
     return folder / "plugin.so"
 
 
@@ -83,7 +87,7 @@ def test_the_segments_of_each_release_are_those_of_the_oracle(
 ) -> None:
     """Streams that come and go, more than a batch holds; what each emitted is remembered in its slot."""
     install(monkeypatch, driver, release)
-    session = TensorRtSession(bundle, slots=5, streams=(2, 3), segments=True, plugin=plugin)
+    session = TensorRtSession(bundle, slots=5, streams=(2, 3), plugin=plugin)
     other = OnnxSession(bundle, slots=5, threads=1, segments=True)
     slots, theirs = [session.open() for _ in range(5)], [other.open() for _ in range(5)]
     random, kept = np.random.default_rng(0), 0
@@ -109,7 +113,7 @@ def test_the_segments_of_each_release_are_those_of_the_oracle(
     [
         ("int onset_nms_register(void) { return 2; }", "does not take the plugin"),
         ("int onset_nms_launch(void) { return 0; }", "has the kernel alone"),
-        (None, "is not there"),
+        (None, "No such file"),
     ],
 )
 def test_a_plugin_that_cannot_be_used_is_refused(
@@ -117,7 +121,7 @@ def test_a_plugin_that_cannot_be_used_is_refused(
 ) -> None:
     path = library(tmp_path, source) if source else tmp_path / "plugin.so"
     with pytest.raises(ConfigError, match=sentence):
-        TensorRtSession(bundle, slots=1, segments=True, plugin=path)
+        TensorRtSession(bundle, slots=1, plugin=path)
     TensorRtSession(bundle, slots=1)  # moments take none
 
 
@@ -127,7 +131,7 @@ def test_plans_with_segments_are_others_than_those_without(
     for given, built in ((None, 1), (plugin, 2), (None, 2), (plugin, 2)):
         compile_bundle(bundle, streams=(2,), plugin=given)
         assert len(trt.built) == built
-    TensorRtSession(bundle, slots=2, streams=(2,), segments=True, plugin=plugin)
+    TensorRtSession(bundle, slots=2, streams=(2,), plugin=plugin)
     assert len(trt.built) == 2
 
 
@@ -242,20 +246,38 @@ def test_plans_are_built_once(trt: FakeTensorRt, bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("release", "capability", "precision"),
-    [(RELEASES[2], (9, 0), "fp32"), (RELEASES[3], (8, 7), "fp32"), (RELEASES[3], (9, 0), "fp16")],
+    ("release", "driver", "precision"),
+    [
+        (RELEASES[2], FakeDriver(), "fp32"),
+        (RELEASES[3], FakeDriver(capability=(8, 7)), "fp32"),
+        (RELEASES[3], FakeDriver(device="Fake GPU 2/../x"), "fp32"),
+        (RELEASES[3], FakeDriver(), "fp16"),
+    ],
 )
 def test_another_release_gpu_or_precision_has_plans_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, bundle: Path, release: str, capability: tuple[int, int], precision: str
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, release: str, driver: FakeDriver, precision: str
 ) -> None:
     install(monkeypatch, FakeDriver(), RELEASES[3])
     TensorRtSession(bundle, slots=1)
-    trt = install(monkeypatch, FakeDriver(capability=capability), release)
+    trt = install(monkeypatch, driver, release)
     TensorRtSession(bundle, slots=1, precision=precision)  # type: ignore[arg-type]
     assert len(trt.built) == 1
     trt = install(monkeypatch, FakeDriver(), RELEASES[3])
     TensorRtSession(bundle, slots=1)
     assert not trt.built, "it took the place of the first"
+
+
+def test_a_plan_of_another_gpu_under_the_same_file_name_is_not_run(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(monkeypatch, FakeDriver(device="NVIDIA H100 80GB"))
+    TensorRtSession(bundle, slots=1)
+    trt = install(monkeypatch, FakeDriver(device="NVIDIA H100-80GB"))
+    TensorRtSession(bundle, slots=1)
+    assert "of another bundle or machine" in caplog.text
+    assert len(trt.built) == 1
+    (path,) = (bundle / "plans").glob("*.plan")
+    assert "-sm_90-NVIDIA-H100-80GB-fp32-b1" in path.name
 
 
 def cut(plan: bytes) -> bytes:
@@ -319,12 +341,149 @@ def test_where_plans_cannot_be_kept_the_session_runs_and_says_so(
     assert "each start will build them" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        ("stat", errno.EACCES),
+        ("open", errno.EIO),
+        ("write_bytes", errno.ENOSPC),
+        ("replace", errno.EACCES),
+        ("mkdir", errno.EROFS),
+        ("unlink", errno.EIO),
+    ],
+)
+def test_nothing_that_the_machine_says_of_the_cache_stops_a_start(
+    trt: FakeTensorRt,
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    call: str,
+    code: int,
+) -> None:
+    """Each call that the cache makes of a file is refused: by rights, by a disk, by a share that is gone."""
+    TensorRtSession(bundle, slots=1)
+    real, streams = getattr(Path, call), 1 if call in ("stat", "open") else 2
+
+    def refused(path: Path, *arguments: Any, **options: Any) -> Any:
+        if bundle / "plans" in (path, path.parent):
+            raise OSError(code, os.strerror(code), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, call, refused)
+    session = TensorRtSession(bundle, slots=1, streams=(streams,))
+    session.step([session.open()], chunks(1, 1)[0], mask(1))
+    assert str(bundle / "plans") in caplog.text
+    assert os.strerror(code) in caplog.text
+    assert len(trt.built) == 2
+
+
 def test_a_graph_that_cannot_be_built_is_refused_with_the_words_of_tensorrt(
     trt: FakeTensorRt, bundle: Path
 ) -> None:
     trt.break_build = "Could not find any implementation for node X"
     with pytest.raises(BundleError, match=r"for 1 streams: Could not find any implementation.*--workspace"):
         TensorRtSession(bundle, slots=1)
+
+
+def test_each_build_that_fails_is_told_in_its_own_words(trt: FakeTensorRt, bundle: Path) -> None:
+    """TensorRT keeps the first logger of a process: later ones would hear nothing."""
+    for words in ("no tactic for X", "no tactic for Y"):
+        trt.break_build = words
+        with pytest.raises(BundleError, match=words):
+            TensorRtSession(bundle, slots=1)
+
+
+def test_what_an_earlier_build_said_is_not_told_of_a_later_one(
+    trt: FakeTensorRt, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt.break_build = "no tactic for X"
+    with pytest.raises(BundleError):
+        TensorRtSession(bundle, slots=1)
+    monkeypatch.setattr(trt.Builder, "build_serialized_network", lambda self, network, config: None)
+    with pytest.raises(BundleError, match="it does not say why"):
+        TensorRtSession(bundle, slots=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        ("Builder", "create_network"),
+        ("OnnxParser", "parse"),
+        ("IBuilderConfig", "set_timing_cache"),
+        ("Builder", "build_serialized_network"),
+        ("Runtime", "deserialize_cuda_engine"),
+        ("ICudaEngine", "create_execution_context"),
+        ("IExecutionContext", "set_input_shape"),
+        ("IExecutionContext", "set_tensor_address"),
+        ("IExecutionContext", "execute_async_v3"),
+    ],
+)
+def test_whatever_the_bindings_raise_is_an_error_that_a_swap_survives(
+    trt: FakeTensorRt,
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    call: str,
+) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(getattr(trt, kind), call, broken)
+    with pytest.raises((BundleError, EngineError), match="RuntimeError: out of order"):
+        TensorRtSession(bundle, slots=1)
+    gc.collect()  # tracebacks point to what failed
+    assert not trt.driver.blocks
+
+
+@pytest.mark.parametrize(
+    "call", ["cuStreamBeginCapture", "cuStreamEndCapture", "cuGraphInstantiate", "cuGraphLaunch"]
+)
+def test_where_the_driver_refuses_a_cuda_graph_steps_are_launched_without(
+    trt: FakeTensorRt,
+    driver: FakeDriver,
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    call: str,
+) -> None:
+    expected = TensorRtSession(bundle, slots=2, cuda_graphs=False)
+    status = driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED  # type: ignore[attr-defined]
+
+    def refuse(*arguments: Any, **options: Any) -> tuple[Any, ...]:
+        if call == "cuStreamEndCapture":  # the real one ends the capture all the same
+            driver.capture = None
+        return status, None
+
+    monkeypatch.setattr(driver, call, refuse)
+    session = TensorRtSession(bundle, slots=2)
+    assert f"no CUDA graph: {call} failed with CUDA_ERROR_STREAM_CAPTURE_INVALIDATED" in caplog.text
+    slots, theirs = [session.open() for _ in range(2)], [expected.open() for _ in range(2)]
+    for samples in chunks(4, 2):
+        one, other = session.step(slots, samples, mask(2)), expected.step(theirs, samples, mask(2))
+        for name in other:
+            np.testing.assert_array_equal(one[name], other[name])
+    assert driver.graphs == 0
+    del session, expected
+    assert not driver.blocks
+
+
+def test_where_tensorrt_cannot_be_captured_steps_are_launched_without(
+    trt: FakeTensorRt,
+    driver: FakeDriver,
+    bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    original = trt.IExecutionContext.execute_async_v3  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        trt.IExecutionContext,
+        "execute_async_v3",
+        lambda self, stream: driver.capture is None and original(self, stream),
+    )
+    session = TensorRtSession(bundle, slots=1)
+    session.step([session.open()], chunks(1, 1)[0], mask(1))
+    assert "no CUDA graph: TensorRT could not run the step" in caplog.text
+    assert driver.launched_graphs == driver.graphs == 0
 
 
 def test_a_graph_that_answers_nan_to_silence_is_refused(

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.native import trusted
 from engine.nms_reference import Kept, keep
 from tests.engine.nms_library import (
     Arena,
@@ -35,7 +36,7 @@ CASES = int(os.environ.get("ONSET_NMS_CASES", "10000"))
 
 @pytest.fixture(scope="module")
 def library(gpu: Gpu) -> Library:
-    return Library(Path(os.environ.get("ONSET_NMS_LIBRARY", "build/libonset_nms.so")), "onset_nms_launch")
+    return Library(trusted(Path(os.environ["ONSET_NMS_LIBRARY"])), "onset_nms_launch")
 
 
 def launch(gpu: Gpu, library: Library, case: Case, arena: Arena) -> None:

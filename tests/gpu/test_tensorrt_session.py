@@ -17,7 +17,6 @@ from engine import (
     ConfigError,
     OnnxSession,
     Session,
-    compiler,
     read_bundle,
     tensorrt_api,
     write_bundle,
@@ -150,15 +149,13 @@ def test_plans_are_built_once(bundle: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_onset_nms_inside_of_a_plan_agrees_with_its_oracle(bundle: Path, precision: Any) -> None:
     """What a plan keeps is, to the last bit, what the oracle keeps of the moments that the plan says."""
-    library = Path(os.environ.get("ONSET_NMS_LIBRARY", compiler.PLUGIN))
+    library = Path(os.environ["ONSET_NMS_LIBRARY"])
     try:
         tensorrt_api.load_plugin(library)
     except ConfigError as problem:
         pytest.skip(f"needs the NMS plugin: {problem}")
     eager(bundle)
-    session = TensorRtSession(
-        bundle, slots=9, precision=precision, streams=(4,), segments=True, plugin=library
-    )
+    session = TensorRtSession(bundle, slots=9, precision=precision, streams=(4,), plugin=library)
     manifest, random = session.manifest, np.random.default_rng(4)
     assert manifest.nms is not None
     slots = [session.open() for _ in range(9)]

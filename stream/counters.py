@@ -46,7 +46,7 @@ class Counters:
         self.streams_evicted = counter("streams_evicted", "streams that fell silent (idle_timeout)")
         self.peers_disconnected = counter(
             "peers_disconnected",
-            "connections that went away, also those that sent a message too large to read",
+            "connections that went away, also those that were refused",
         )
         self.open_streams = Gauge("onset_open_streams", "streams that hold a slot", registry=self.registry)
         self.zmq_refused = counter(

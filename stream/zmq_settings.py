@@ -23,7 +23,7 @@ class CurveSettings(Strict):
 
 
 class ZmqSettings(Strict):
-    """Where messages come from. Memory that one producer can fill: `high_water_mark` messages."""
+    """Where messages come from. Memory that one producer can fill: 64 KiB, and two messages."""
 
     endpoint: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = Field(
         default=("pull+bind:tcp://127.0.0.1:5555",),
@@ -47,10 +47,13 @@ class ZmqSettings(Strict):
         default=256,
         ge=1,
         le=100_000,
-        description="messages queued per producer; then it waits (pull), or its messages are dropped (sub)",
+        description="messages read ahead per producer; then it waits (pull), or drops messages (sub)",
     )
     heartbeat: float = Field(
-        default=5.0, ge=0.1, le=600, description="seconds between two signs of life on a quiet connection"
+        default=5.0,
+        ge=0.1,
+        le=600,
+        description="seconds of silence until the kernel (pull), or this side (sub), asks for a sign of life",
     )
     heartbeat_timeout: float = Field(
         default=30.0, ge=0.1, le=3600, description="seconds without one until a peer is taken for dead"

@@ -288,8 +288,8 @@ class Worker:
                 session = self._around.engine()
                 self._runtime.check_swap(session)
                 runtime = self._new_runtime(session)
-            except OnsetError as problem:
-                log.error("the bundle stays %s: %s", self.session.manifest.id, problem)
+            except Exception as problem:
+                self._refuse_swap(problem)
                 return
             self._hand_over(session, runtime)
         finally:
@@ -302,14 +302,33 @@ class Worker:
         except KafkaError:
             self._around.reload.request()  # the next life swaps it
             raise
-        numbers = set(self._partitions)
+        numbers, previous = set(self._partitions), self.session
         for partition in self._partitions.values():
             partition.leave()
         self._partitions.clear()
-        log.info("bundle %s takes over from %s", session.manifest.id, self.session.manifest.id)
         self.session, self._runtime = session, runtime
+        try:
+            self._take_up(numbers)
+        except (KafkaError, DataError, ConfigError, Stopped):
+            self._note_swap(previous)  # the brokers' matter: the next life goes on with the new bundle
+            raise
+        except Exception as problem:
+            self.session = previous  # for the next life: what was told by now must not be committed
+            self._refuse_swap(problem)
+            raise DataError(f"{session.manifest.id} could not take the partitions up") from problem
+        self._note_swap(previous)
+
+    def _note_swap(self, previous: Session) -> None:
+        found = self.session.manifest.id
+        log.info("bundle %s takes over from %s", found, previous.manifest.id)
         self._counters.bundle_swaps.inc()
-        self._take_up(numbers)
+        self._around.notifier.status(f"bundle {found}")
+
+    def _refuse_swap(self, problem: Exception) -> None:
+        found = self.session.manifest.id
+        self._around.reload.refused(found, problem)
+        self._counters.bundle_swaps_failed.inc()
+        self._around.notifier.status(f"bundle {found}; another was refused, see the log")
 
     def _new_runtime(self, session: Session) -> Runtime:
         decoding = self._decoding(session)

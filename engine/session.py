@@ -156,8 +156,15 @@ class OnnxSession:
         if segments:
             with_nms(bundle, self._manifest, graph)  # refuses settings that are not the file's
             self._nms = self._manifest.nms
-        self._memories: FloatArray = np.zeros((slots, self._nms.memory_size if self._nms else 0), np.float32)
-        self._states: FloatArray = np.zeros((slots, state_size(self._manifest)), np.float32)
+        memory, state = self._nms.memory_size if self._nms else 0, state_size(self._manifest)
+        try:
+            self._memories: FloatArray = np.zeros((slots, memory), np.float32)
+            self._states: FloatArray = np.zeros((slots, state), np.float32)
+        except MemoryError:
+            raise BundleError(
+                f"{bundle}: the states of {slots} streams take {4 * slots * (memory + state)} bytes, which "
+                "this machine lacks; lower `max_streams`"
+            ) from None
 
     @property
     def manifest(self) -> Manifest:

@@ -78,8 +78,15 @@ class Tracker:
     """The events of one epoch of one stream."""
 
     def __init__(
-        self, manifest: Manifest, stream: str, epoch: int, first_sample: int, decoding: Decoding | None = None
+        self,
+        manifest: Manifest,
+        stream: str,
+        epoch: int,
+        first_sample: int,
+        decoding: Decoding | None = None,
+        said: int = -1,
     ) -> None:
+        """`said`: up to this sample another tracker of the same epoch may have announced starts."""
         self._manifest, self._stream, self._epoch, self._origin = manifest, stream, epoch, first_sample
         self._decoding = decoding or manifest.decoding
         self._rate, self._hop = manifest.frame.sample_rate, manifest.frame.hop
@@ -92,10 +99,11 @@ class Tracker:
         self._open: dict[int, _Open] = {}
         self._starts: dict[int, _Candidate] = {}
         self._ends: dict[int, _Candidate] = {}
-        self._emitted = [
-            Emitted(2 * self._longest + 4 * self._hold + self._hop + self._ahead) for _ in classes
-        ]
-        self._border = [first_sample - 1 for _ in classes]  # a start up to here is no news
+        # What a frame says reaches back over `max_duration`, from `lookahead` before it; events are stamped
+        # with the end of the chunk.
+        reach = self._longest + self._ahead + manifest.chunk_samples
+        self._emitted = [Emitted(reach + self._longest + 4 * self._hold + self._hop, said) for _ in classes]
+        self._border = [max(first_sample - 1, said) for _ in classes]  # a start up to here is no news
         # What is said of a frame comes `lookahead` frames after it: the first answers are about frames before
         # the stream's first.
         self._history = History(
@@ -237,7 +245,7 @@ class Tracker:
         """Bytes that `save` takes as msgpack, at most: 9 for a number, 5 for a list beside what it holds."""
         longest = max(manifest.frame.hop, decoding.max_duration * manifest.frame.sample_rate + 1)
         frames = math.ceil(longest / manifest.frame.hop) + manifest.lookahead + 1
-        emitted = 5 + MOST * (5 + 3 * 9)
+        emitted = 5 + (5 + 2 * 9) + MOST * (5 + 3 * 9)
         action, candidates = 5 + 3 * 9 + 5 + _ID_BYTES, 2 * (5 + 5 * 9)
         others = 8 + 9 + 9 + 6 * 9  # what is told, borders, what is endless, the course
         return 1024 + len(manifest.classes) * (2 * frames + emitted + action + candidates + others)

@@ -85,7 +85,9 @@ def test_a_bundle_that_was_refused_is_looked_at_again_when_it_is_whole(
     assert "RuntimeError: what nobody foresaw" in caplog.text, "with its traceback"
 
 
-def test_a_bundle_that_could_not_be_read_is_looked_at_again_when_its_rights_are_others(tmp_path: Path) -> None:
+def test_a_bundle_that_could_not_be_read_is_looked_at_again_with_other_rights(
+    tmp_path: Path,
+) -> None:
     clock, manifest = Clock(), tmp_path / "bundle.json"
     manifest.write_text("1")
     reload = Reload(tmp_path, watch=True, clock=clock)

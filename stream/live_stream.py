@@ -10,6 +10,7 @@ No I/O here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,9 +121,11 @@ class LiveStream:
         """Become the stream that was saved, asleep. Raises ValueError, KeyError or TypeError on a misfit."""
         self.ring.restore(saved["ring"])
         for name in _SAVED:
-            if not isinstance(saved[name], (int, float, type(None))):
+            value = saved[name]
+            is_number = isinstance(value, (int, float)) and math.isfinite(value)
+            if not is_number and not (name == "captured" and value is None):
                 raise TypeError(f"`{name}` is no number")
-            setattr(self, name, saved[name])
+            setattr(self, name, value)
         self.asleep, self.is_aligned = True, False
 
     def handed_over(self, ring: Ring, manifest: Manifest) -> HandedOver:

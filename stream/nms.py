@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 
+from stream.ring import sample_of
+
 # Segments of a class that are remembered, however many there were.
 MOST = 1024
 
@@ -42,11 +44,16 @@ class Emitted:
         """Remember what was saved."""
         for row in saved:
             if len(row) == 2:
-                self._said, self._covered = row
+                self._said, self._covered = map(sample_of, row)
                 continue
-            start, end, announced = row
+            start, end, announced = map(sample_of, row)
             self._segments.append((start, end))
             self._starts.append(announced)
+
+    @property
+    def reach(self) -> int:
+        """The latest end of all that was emitted; -1 for nothing."""
+        return max([self._covered, *(end for _, end in self._segments)])
 
     def suppresses(self, segment: tuple[int, int], tiou: float) -> bool:
         """Does `segment` overlap an emitted one by more than `tiou`? Perhaps, before the border."""

@@ -33,6 +33,7 @@ from stream.decoder import SCORE_DIGITS, Moments, decode
 from stream.events import Event, instance_id
 from stream.history import History
 from stream.nms import MOST, Emitted
+from stream.ring import sample_of
 
 TIME_DIGITS = 6
 SWAPPED = "another bundle took over, which does not know this action"
@@ -199,9 +200,15 @@ class Tracker:
 
     @property
     def open_actions(self) -> list[OpenAction]:
-        """What was announced and has not ended."""
+        """What was announced and has not ended, as far as it lies behind what has ended in its class: whoever
+        goes on with it does not know that."""
         return [
-            OpenAction(action.id, self._manifest.classes[label], action.start, action.score)
+            OpenAction(
+                action.id,
+                self._manifest.classes[label],
+                max(action.start, self._emitted[label].reach),
+                action.score,
+            )
             for label, action in sorted(self._open.items())
         ]
 
@@ -260,17 +267,23 @@ class Tracker:
         decoding: Decoding | None = None,
     ) -> Tracker:
         """The tracker that was saved. Raises ValueError, KeyError or TypeError when it does not fit."""
-        tracker = cls(manifest, stream, epoch, int(saved["origin"]), decoding)
-        tracker._heard = int(saved["heard"])
+        tracker = cls(manifest, stream, epoch, sample_of(saved["origin"]), decoding)
+        tracker._heard = sample_of(saved["heard"])
         tracker._told = np.frombuffer(saved["told"], "<f8").reshape(tracker._told.shape)
+        if not ((tracker._told >= 0) & (tracker._told <= 1)).all():
+            raise ValueError("probabilities that are none")
         tracker._endless = set(saved["endless"])
-        tracker._open = {label: _Open(*rest) for label, *rest in saved["open"]}
-        tracker._starts = {label: _Candidate(*rest) for label, *rest in saved["starts"]}
-        tracker._ends = {label: _Candidate(*rest) for label, *rest in saved["ends"]}
+        tracker._open = {
+            label: _Open(str(name), sample_of(start), float(score))
+            for label, name, start, score in saved["open"]
+        }
+        for waiting, name in ((tracker._starts, "starts"), (tracker._ends, "ends")):
+            for label, score, start, end, seen in saved[name]:
+                waiting[label] = _Candidate(_score(score), sample_of(start), sample_of(end), sample_of(seen))
         for border, emitted, label in zip(
             saved["border"], saved["emitted"], range(len(tracker._border)), strict=True
         ):
-            tracker._border[label] = border
+            tracker._border[label] = sample_of(border)
             tracker._emitted[label].restore(emitted)
         labels = {*tracker._open, *tracker._starts, *tracker._ends, *tracker._endless}
         if not labels <= set(range(len(manifest.classes))):
@@ -437,6 +450,13 @@ class Tracker:
             score=None if score is None else round(score, SCORE_DIGITS),
             reason=reason,
         )
+
+
+def _score(value: Any) -> float:
+    """A saved probability. Raises ValueError or TypeError when it is none."""
+    if not 0.0 <= (found := float(value)) <= 1.0:
+        raise ValueError(f"{found} is no probability")
+    return found
 
 
 @dataclass(frozen=True)

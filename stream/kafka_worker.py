@@ -296,7 +296,7 @@ class Worker:
             self._around.notifier.ready()
 
     def _hand_over(self, session: Session, runtime: Runtime) -> None:
-        """Commit with the old bundle, take partitions up with the new. Raises KafkaError, DataError."""
+        """Commit with the old bundle, bring the streams back with the new. Raises KafkaError, DataError."""
         try:
             self._commit(at_once=True)
         except KafkaError:
@@ -309,13 +309,16 @@ class Worker:
         self.session, self._runtime = session, runtime
         try:
             self._take_up(numbers)
+            self._around.notifier.ready()  # how the streams are brought back, /ready tells
+            while not self._around.stop.is_set() and any(p.is_replaying for p in self._partitions.values()):
+                self._round()
         except (KafkaError, DataError, ConfigError, Stopped):
             self._note_swap(previous)  # the brokers' matter: the next life goes on with the new bundle
             raise
         except Exception as problem:
             self.session = previous  # for the next life: what was told by now must not be committed
             self._refuse_swap(problem)
-            raise DataError(f"{session.manifest.id} could not take the partitions up") from problem
+            raise DataError(f"{session.manifest.id} could not bring the streams back") from problem
         self._note_swap(previous)
 
     def _note_swap(self, previous: Session) -> None:

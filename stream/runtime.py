@@ -345,15 +345,8 @@ class Runtime:
 
     def _admit(self, name: str, epoch: int, now: float, floor: int) -> LiveStream:
         self._opened += 1
-        stream = LiveStream(
-            name,
-            epoch,
-            self._opened,
-            self._new_ring(self._session.manifest),
-            self._session.open(),
-            now,
-            floor,
-        )
+        ring = self._new_ring(self._session.manifest)
+        stream = LiveStream(name, epoch, self._opened, ring, self._session.open(), now, floor)
         self._streams[name] = stream
         self._refused.pop(name, None)
         self.counters.open_streams.set(len(self._streams))

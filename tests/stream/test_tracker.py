@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -14,10 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from engine import Decoding, Manifest, read_bundle
+from engine import Decoding, Manifest, Slot, read_bundle
 from stream.events import Event
 from stream.history import History
+from stream.live_stream import MISFITS, LiveStream
 from stream.nms import overlap
+from stream.ring import Chunk, Ring
+from stream.segments import Segments
 from stream.tracker import Tracker
 
 
@@ -365,3 +369,57 @@ def test_the_mean_of_the_history_is_the_mean(seed: int, frames: int, begin: int,
     assert history.mean(1, 100 + begin, 100 + begin + length) == pytest.approx(
         values[low:high, 1].mean(), abs=1e-9
     )
+
+
+@pytest.mark.parametrize("floor", [0, 40])
+def test_a_life_that_begins_where_another_of_its_epoch_ended_does_not_start_there(
+    manifest: Manifest, floor: int
+) -> None:
+    """The other may have announced a start at its last sample, which is this one's first."""
+    decoding = Decoding(start_threshold=0.1, confident=0.1, gate=0.1)
+    ring = Ring(4, 2, 3, 50.0, 0.0, 0.0)
+    stream = LiveStream("s", 0, 1, ring, Slot(0, 1), 0.0, floor)
+    stream.ring.push(40, np.zeros((8, 3), np.float32))
+    chunk = stream.ring.pop()
+    assert isinstance(chunk, Chunk)
+    outputs = silence(2)
+    outputs["ongoing"][:] = outputs["start"][:] = 6
+    outputs["start_offset"][:] = 50.0  # long before
+    segments = Segments(manifest, decoding)
+    events = segments.advance(stream, chunk) + segments.hear(stream, chunk, outputs)
+    assert [event.start for event in events if event.type == "action.started"] == [] if floor else [0.8] * 3
+
+
+HOSTILE = (None, -1, 2**70, -(2**63), 1e308, float("nan"), float("inf"), "x", b"x" * 24, [], {}, True)
+
+
+def places_of(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) within a saved state."""
+    for key, below in value.items() if isinstance(value, dict) else enumerate(value):
+        yield value, key
+        if isinstance(below, (dict, list)):
+            yield from places_of(below)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**31), value=st.sampled_from(HOSTILE))
+def test_a_state_that_is_none_is_refused_or_does_no_harm(manifest: Manifest, seed: int, value: Any) -> None:
+    decoding, random = Decoding(start_threshold=0.0, end_threshold=0.0, gate=0.0), np.random.default_rng(seed)
+    tracker, outputs = Tracker(manifest, "s", 0, 0, decoding), outputs_of(seed % 7, 60, 4.0, 0.8)
+
+    def hear(hearing: Tracker, first: int, last: int) -> Iterator[Event]:
+        for start in range(first, last, 2):
+            cut = {name: values[start : start + 2] for name, values in outputs.items()}
+            yield from hearing.update(cut, np.ones(2, bool), start, (start + 2) * 0.08, None)
+
+    list(hear(tracker, 0, 40))
+    saved = msgpack.unpackb(msgpack.packb(tracker.save()))
+    places = list(places_of(saved))
+    container, key = places[random.integers(len(places))]
+    container[key] = value
+    try:
+        restored = Tracker.restored(saved, manifest, "s", 0, decoding)
+    except MISFITS:
+        return
+    for event in (*hear(restored, 40, 60), *restored.finish(4.8, None)):
+        event.to_json()

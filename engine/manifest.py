@@ -15,6 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import stat
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -150,7 +152,7 @@ class Manifest(Strict):
     lookahead: int = Field(
         0, ge=0, le=1024, description="frames by which `ongoing` is later than what it tells of"
     )
-    levels: Positive
+    levels: int = Field(gt=0, le=32)
     window: Positive = Field(description="tokens back that attention reaches, on each level")
     receptive_field: Positive = Field(description="frames; a fresh state fed these equals the old one")
     inputs: tuple[Tensor, ...]
@@ -223,29 +225,21 @@ def read_bundle(folder: Path) -> tuple[Manifest, bytes]:
     Raises BundleError when something is missing, damaged, or of a version that this Onset does not know.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        raise BundleError(f"{folder}: not a bundle, there is no {MANIFEST}; `onset export` makes one")
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{path}: larger than {MAX_MANIFEST_BYTES} bytes; this is not a manifest")
+    missing = f"{folder}: not a bundle, there is no {MANIFEST}; `onset export` makes one"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as problem:
+        values = json.loads(_read(path, MAX_MANIFEST_BYTES, missing))
+    except (ValueError, RecursionError) as problem:
         raise BundleError(f"{path}: not readable as JSON: {problem}") from None
     if not isinstance(values, dict):
         raise BundleError(f"{path}: found {type(values).__name__}, expected a JSON object")
     if values.get("version") != VERSION:
         raise BundleError(
-            f"{path}: bundle version {values.get('version')!r}, this Onset reads version {VERSION}; "
+            f"{path}: bundle version {values.get('version')!r:.40}, this Onset reads version {VERSION}; "
             "export the run again, or install the Onset that wrote it"
         )
     manifest = parse(Manifest, values, str(path), BundleError)
     graph_path = folder / GRAPH
-    try:
-        if graph_path.stat().st_size > MAX_GRAPH_BYTES:
-            raise BundleError(f"{graph_path}: larger than {MAX_GRAPH_BYTES} bytes")
-        graph = graph_path.read_bytes()
-    except OSError as problem:
-        raise BundleError(f"{graph_path}: not readable: {problem.strerror}") from None
+    graph = _read(graph_path, MAX_GRAPH_BYTES)
     digest = hashlib.sha256(graph).hexdigest()
     if digest != manifest.graph_sha256:
         raise BundleError(
@@ -263,16 +257,34 @@ def with_nms(folder: Path, manifest: Manifest, graph: bytes) -> bytes:
     path = folder / NMS
     if manifest.nms is None:
         raise BundleError(f"{folder}: has no {NMS}, which gives segments; export the run again")
-    try:
-        ending = path.read_bytes() if path.stat().st_size <= MAX_NMS_BYTES else b""
-    except OSError as problem:
-        raise BundleError(f"{path}: not readable: {problem.strerror}") from None
+    ending = _read(path, MAX_NMS_BYTES)
     if Nms.digest(manifest.nms.settings, manifest.nms.remembered, ending) != manifest.nms.sha256:
         raise BundleError(
             f"{path}: is not the file that {MANIFEST} tells of, or what it says there was changed; "
             "export or copy the bundle again"
         )
     return graph + ending
+
+
+def _read(path: Path, most: int, missing: str = "") -> bytes:
+    """A file of a bundle, of up to `most` bytes. `missing`: what to say if there is none.
+
+    Raises BundleError, whatever is in the way: the file may be on its way here or away.
+    """
+    try:
+        # Without waiting for whoever writes into a pipe; a file is read the same.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise BundleError(f"{path}: not readable: it is no file; export or copy the bundle again")
+            if found.st_size > most:
+                raise BundleError(f"{path}: larger than {most} bytes; this is no file of a bundle")
+            return file.read(found.st_size)
+    except (FileNotFoundError, NotADirectoryError) as problem:
+        raise BundleError(missing or f"{path}: not readable: {problem.strerror}") from None
+    except (OSError, MemoryError) as problem:
+        why = (problem.strerror if isinstance(problem, OSError) else None) or type(problem).__name__
+        raise BundleError(f"{path}: not readable: {why}") from None
 
 
 def write_bundle(folder: Path, manifest: Manifest, graph: bytes, nms: bytes = b"") -> None:

@@ -8,6 +8,7 @@ knows; `OnnxSession` runs it on ONNX Runtime. Not thread-safe: one thread owns a
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,9 @@ class OnnxSession:
         options.log_severity_level = 3
         # Threads that spin between steps of a fraction of a millisecond would burn the cores for nothing.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # A graph may name other files as its weights, for which no hash vouches; to one given as bytes,
+        # ONNX Runtime would bring them from where the process happens to stand.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
         try:
             self._run = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as problem:

@@ -85,6 +85,9 @@ class Counters:
         self.rebalances = counter("rebalances", "times that partitions were assigned anew")
         self.restarts = counter("restarts", "times that a worker began anew from its last commit")
         self.bundle_swaps = counter("bundle_swaps", "times that another bundle took over under way")
+        self.bundle_swaps_failed = counter(
+            "bundle_swaps_failed", "times that another bundle could not take over, and the old one went on"
+        )
 
     def observe_events(self, events: Iterable[Event], now: float) -> None:
         """Events leave: how long, at wall time `now`, after the samples that allowed them were captured?"""

@@ -288,28 +288,50 @@ class Worker:
                 session = self._around.engine()
                 self._runtime.check_swap(session)
                 runtime = self._new_runtime(session)
-            except OnsetError as problem:
-                log.error("the bundle stays %s: %s", self.session.manifest.id, problem)
+            except Exception as problem:
+                self._refuse_swap(problem)
                 return
             self._hand_over(session, runtime)
         finally:
             self._around.notifier.ready()
 
     def _hand_over(self, session: Session, runtime: Runtime) -> None:
-        """Commit with the old bundle, take partitions up with the new. Raises KafkaError, DataError."""
+        """Commit with the old bundle, bring the streams back with the new. Raises KafkaError, DataError."""
         try:
             self._commit(at_once=True)
         except KafkaError:
             self._around.reload.request()  # the next life swaps it
             raise
-        numbers = set(self._partitions)
+        numbers, previous = set(self._partitions), self.session
         for partition in self._partitions.values():
             partition.leave()
         self._partitions.clear()
-        log.info("bundle %s takes over from %s", session.manifest.id, self.session.manifest.id)
         self.session, self._runtime = session, runtime
+        try:
+            self._take_up(numbers)
+            self._around.notifier.ready()  # how the streams are brought back, /ready tells
+            while not self._around.stop.is_set() and any(p.is_replaying for p in self._partitions.values()):
+                self._round()
+        except (KafkaError, DataError, ConfigError, Stopped):
+            self._note_swap(previous)  # the brokers' matter: the next life goes on with the new bundle
+            raise
+        except Exception as problem:
+            self.session = previous  # for the next life: what was told by now must not be committed
+            self._refuse_swap(problem)
+            raise DataError(f"{session.manifest.id} could not bring the streams back") from problem
+        self._note_swap(previous)
+
+    def _note_swap(self, previous: Session) -> None:
+        found = self.session.manifest.id
+        log.info("bundle %s takes over from %s", found, previous.manifest.id)
         self._counters.bundle_swaps.inc()
-        self._take_up(numbers)
+        self._around.notifier.status(f"bundle {found}")
+
+    def _refuse_swap(self, problem: Exception) -> None:
+        found = self.session.manifest.id
+        self._around.reload.refused(found, problem)
+        self._counters.bundle_swaps_failed.inc()
+        self._around.notifier.status(f"bundle {found}; another was refused, see the log")
 
     def _new_runtime(self, session: Session) -> Runtime:
         decoding = self._decoding(session)

@@ -10,7 +10,8 @@ No I/O here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,17 @@ def blank(ring: Ring, epoch: int, floor: int, seen: float) -> dict[str, Any]:
     """What `LiveStream.save` returns of a stream that has just opened, with a new ring."""
     values = dict.fromkeys(_SAVED, 0) | {"epoch": epoch, "floor": floor, "seen": seen, "captured": None}
     return values | {"ring": ring.save()}
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """What a stream goes on with under another bundle; `samples` and `mask`, the newest that its old ring has
+    given, are there to warm a state with."""
+
+    ring: Ring
+    adopted: Sequence[OpenAction] | None  # None: no segment is under way
+    samples: NDArray[np.float32]  # [n, chunk * hop, C]
+    mask: NDArray[np.bool_]  # [n, chunk]
 
 
 @dataclass
@@ -109,28 +121,34 @@ class LiveStream:
         """Become the stream that was saved, asleep. Raises ValueError, KeyError or TypeError on a misfit."""
         self.ring.restore(saved["ring"])
         for name in _SAVED:
-            if not isinstance(saved[name], (int, float, type(None))):
+            value = saved[name]
+            is_number = isinstance(value, (int, float)) and math.isfinite(value)
+            if not is_number and not (name == "captured" and value is None):
                 raise TypeError(f"`{name}` is no number")
-            setattr(self, name, saved[name])
+            setattr(self, name, value)
         self.asleep, self.is_aligned = True, False
 
-    def hand_over(
-        self, ring: Ring, manifest: Manifest
-    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_]]]:
-        """Go on with `ring`, which is new, and with another bundle; what is settled only.
+    def handed_over(self, ring: Ring, manifest: Manifest) -> HandedOver:
+        """How it goes on with another bundle and a `ring` that is new; nothing changes before `go_on`.
 
-        Yields the steps (samples, mask) that warm its state: the newest that the old ring has given.
+        What is settled only (`is_settled`). Raises ValueError when the new ring has no room for what waits.
         """
-        if self.tracker is not None:
-            self.adopted, self.tracker = self.tracker.open_actions, None
         start, samples, present = self.ring.history()
         saved = self.ring.save()
-        size = manifest.chunk_samples
+        size, hop = manifest.chunk_samples, manifest.frame.hop
         count = len(samples) // size if start + len(samples) == saved["next"] else 0
         if saved["origin"] is not None:  # the new state's grid begins where it is warmed from
             saved["origin"] = saved["next"] - count * size
         ring.restore(saved)
-        self.ring = ring
         begin = len(samples) - count * size
-        masks = present[begin:].reshape(-1, manifest.frame.hop).all(axis=1).reshape(count, manifest.chunk)
-        yield from zip(samples[begin:].reshape(count, size, -1), masks, strict=True)
+        return HandedOver(
+            ring,
+            self.standing.actions if self.tracker is not None or self.adopted is not None else None,
+            samples[begin:].reshape(count, size, samples.shape[1]),
+            present[begin:].reshape(count, manifest.chunk, hop).all(axis=2),
+        )
+
+    def go_on(self, slot: Slot, handed: HandedOver) -> None:
+        """Take what was handed over, and `slot`, whose state was warmed with it."""
+        self.slot, self.ring, self.adopted, self.tracker = slot, handed.ring, handed.adopted, None
+        self.is_aligned = True  # its grid begins with its state

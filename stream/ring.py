@@ -33,6 +33,9 @@ BoolArray = NDArray[np.bool_]
 # enough: of a cell of so many samples, the first message's counts.
 _ANCHORS = 4096
 
+# No stream comes so far (`wire.decode`), and sums of such numbers fit into 64 bits.
+_FURTHEST = 2**60
+
 # The fields of a ring that are plain values, and make up its state together with samples and anchors.
 _SAVED = (
     "head",
@@ -223,10 +226,12 @@ class Ring:
         if len(present) > self.capacity or len(samples) != np.count_nonzero(present) * channels:
             raise ValueError(f"a ring of other channels or capacity than {channels} and {self.capacity}")
         for name in _SAVED:
-            if not isinstance(saved[name], (int, type(None))):
-                raise TypeError(f"`{name}` is no whole number")
+            if not isinstance(saved[name], (bool, type(None))):
+                sample_of(saved[name])
             setattr(self, f"_{name}", saved[name])
-        self._anchors = [(int(seq), float(time)) for seq, time in saved["anchors"]]
+        self._anchors = [(sample_of(seq), float(time)) for seq, time in saved["anchors"]]
+        if not np.isfinite([time for _, time in self._anchors]).all():
+            raise ValueError("a time that is none")
         slots = self._slots(self._next, self._next + len(present))
         self._present[slots] = present
         self._samples[slots[present]] = samples.reshape(-1, channels)
@@ -378,6 +383,15 @@ class Ring:
     def _slots(self, start: int, stop: int) -> NDArray[np.intp]:
         # seq may be beyond int64, so it is reduced before numpy sees it
         return (start % self.capacity + np.arange(max(0, stop - start))) % self.capacity
+
+
+def sample_of(value: Any) -> int:
+    """A number of a sample that was saved. Raises TypeError or ValueError when it is none."""
+    if not isinstance(value, int):
+        raise TypeError(f"{value!r:.40} is no whole number")
+    if abs(value) > _FURTHEST:
+        raise ValueError(f"{value} is no number of a sample")
+    return value
 
 
 def capacity(chunk: int, rate: float, reorder: float, max_gap: float) -> int:

@@ -19,18 +19,19 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.errors import BundleError, ConfigError, EngineError
-from engine.manifest import Decoding
-from engine.session import Session
+from engine.manifest import Decoding, Manifest
+from engine.session import Session, Slot
 from stream.config import RuntimeSettings
 from stream.counters import Counters
 from stream.events import Event
-from stream.live_stream import MISFITS, LiveStream, Standing, blank
+from stream.live_stream import MISFITS, HandedOver, LiveStream, Standing, blank
 from stream.ring import Chunk, End, Gap, Ring
 from stream.segments import Segments
 from stream.throttle import Throttle
@@ -66,7 +67,8 @@ class Runtime:
         if the session has fewer slots than `settings.max_streams`."""
         self._sink, self._settings, self._clock = sink, settings, clock
         self.counters = counters or Counters()
-        self._take(session, decoding)
+        self._session, self._segments = session, self._segments_of(session, decoding)
+        self._rate = session.manifest.frame.sample_rate  # of whatever bundle: see `check_swap`
         self._streams: dict[str, LiveStream] = {}
         self._ready: dict[str, LiveStream] = {}
         self._ended: OrderedDict[str, tuple[int, int]] = (
@@ -211,7 +213,7 @@ class Runtime:
 
     def blank(self, epoch: int, floor: int, seen: float) -> dict[str, Any]:
         """What `save` returns of a stream that has just opened, and `restore` takes."""
-        return blank(self._new_ring(), epoch, floor, seen)
+        return blank(self._new_ring(self._session.manifest), epoch, floor, seen)
 
     def restore(self, stream: str, saved: Mapping[str, Any]) -> bool:
         """Put a saved stream in place, asleep: no event comes of it until `wake`. False: it found no place.
@@ -262,26 +264,45 @@ class Runtime:
         if len(self._ended) > _REMEMBERED_PER_STREAM * self._settings.max_streams:
             self._ended.popitem(last=False)
 
-    def swap(self, session: Session, decoding: Decoding | None = None) -> None:
+    def swap(
+        self, session: Session, decoding: Decoding | None = None, beat: Callable[[], None] = lambda: None
+    ) -> None:
         """Go on with another bundle: open actions go on as far as it knows their classes, no sample is lost.
 
-        The new states are warmed with the newest samples, as far back as the rings reach. Raises BundleError
-        when it was made for other streams, and what the constructor raises; then all is as it was.
+        What was offered is digested first (`drain`). The new states are warmed with the newest samples, as
+        far back as the rings reach; `beat` is called between two streams, since that takes its time. All or
+        nothing: whatever is raised then (BundleError when it was made for other streams, what the constructor
+        raises, anything that `session` raises), the streams go on with the old bundle as if nothing had been
+        tried, and hold no slot of `session`.
         """
-        self.check_swap(session)
         self.drain()
-        previous = self._session
-        self._take(session, decoding)
-        for stream in self._streams.values():
-            previous.close(stream.slot)
-            stream.slot = session.open()
-            for samples, mask in stream.hand_over(self._new_ring(), session.manifest):
-                session.step([stream.slot], samples[None], mask[None])
+        self.check_swap(session)
+        segments = self._segments_of(session, decoding)
+        slots: list[Slot] = []
+        handed: list[HandedOver] = []
+        try:
+            for stream in self._streams.values():
+                beat()
+                slots.append(session.open())
+                handed.append(stream.handed_over(self._new_ring(session.manifest), session.manifest))
+                for samples, mask in zip(handed[-1].samples, handed[-1].mask, strict=True):
+                    session.step([slots[-1]], samples[None], mask[None])
+        except BaseException:
+            for slot in slots:
+                with suppress(Exception):  # what failed may fail again
+                    session.close(slot)
+            raise
+        previous, self._session, self._segments = self._session, session, segments
+        for stream, slot, found in zip(list(self._streams.values()), slots, handed, strict=True):
+            with suppress(Exception):  # nobody uses it any more
+                previous.close(stream.slot)
+            stream.go_on(slot, found)
+            self._fill(stream)  # a smaller chunk may be complete by now
         self.counters.bundle_swaps.inc()
 
     def check_swap(self, session: Session) -> None:
         """Raises BundleError when the streams that are open are not those that its bundle was made for."""
-        old, new = self._manifest, session.manifest
+        old, new = self._session.manifest, session.manifest
         fits = (new.frame.sample_rate, new.frame.channels) == (old.frame.sample_rate, old.frame.channels)
         if not fits or old.chunk_samples > 2 * new.chunk_samples:
             raise BundleError(
@@ -290,8 +311,8 @@ class Runtime:
                 f"{old.frame.channels} at {old.frame.sample_rate:g} Hz: start another service for it"
             )
 
-    def _take(self, session: Session, decoding: Decoding | None) -> None:
-        """Make `session` the one that is used."""
+    def _segments_of(self, session: Session, decoding: Decoding | None) -> Segments:
+        """What `session` says of streams. Raises what the constructor does."""
         if session.capacity < self._settings.max_streams:
             raise EngineError(
                 f"the session has {session.capacity} slots for up to {self._settings.max_streams} streams; "
@@ -301,9 +322,7 @@ class Runtime:
         decoding = decoding or manifest.decoding
         if misfit := decoding.misfit(len(manifest.classes)):
             raise ConfigError(misfit)
-        self._session, self._manifest = session, manifest
-        self._segments = Segments(manifest, decoding)
-        self._rate = manifest.frame.sample_rate
+        return Segments(manifest, decoding)
 
     def _open(self, message: Message, now: float) -> LiveStream | None:
         """A place for the stream of this message; None where it has none or needs none."""
@@ -326,17 +345,16 @@ class Runtime:
 
     def _admit(self, name: str, epoch: int, now: float, floor: int) -> LiveStream:
         self._opened += 1
-        stream = LiveStream(name, epoch, self._opened, self._new_ring(), self._session.open(), now, floor)
+        ring = self._new_ring(self._session.manifest)
+        stream = LiveStream(name, epoch, self._opened, ring, self._session.open(), now, floor)
         self._streams[name] = stream
         self._refused.pop(name, None)
         self.counters.open_streams.set(len(self._streams))
         return stream
 
-    def _new_ring(self) -> Ring:
-        frame, settings = self._manifest.frame, self._settings
-        return Ring(
-            frame.hop, self._manifest.chunk, frame.channels, self._rate, settings.reorder, settings.max_gap
-        )
+    def _new_ring(self, manifest: Manifest) -> Ring:
+        frame, settings = manifest.frame, self._settings
+        return Ring(frame.hop, manifest.chunk, frame.channels, self._rate, settings.reorder, settings.max_gap)
 
     def _refuse(self, stream: str) -> None:
         self.counters.refused.labels("max_streams").inc()
@@ -433,8 +451,9 @@ class Runtime:
     def _can_begin(self, stream: LiveStream, chunk: Chunk) -> bool:
         """The grids of all levels meet in it: a state of zeros, as a slot is given, is right there."""
         if not stream.is_aligned:
-            frame = (chunk.first_sample - chunk.origin) // self._manifest.frame.hop
-            stream.is_aligned = frame % self._manifest.period == 0
+            manifest = self._session.manifest
+            frame = (chunk.first_sample - chunk.origin) // manifest.frame.hop
+            stream.is_aligned = frame % manifest.period == 0
         return stream.is_aligned
 
     def _step(self, batch: Sequence[tuple[LiveStream, Chunk]]) -> None:

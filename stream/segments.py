@@ -37,7 +37,8 @@ class Segments:
                 return events  # a segment without one whole frame is no time: it begins and ends unheard
             stream.now, stream.captured = chunk.first_sample / self._rate, chunk.captured_start
             if stream.adopted is None:
-                stream.tracker = self._new_tracker(stream, chunk.origin)
+                # Where an earlier life of the epoch ended, it may have announced a start.
+                stream.tracker = self._new_tracker(stream, chunk.origin, stream.floor or -1)
                 events.append(self._event("stream.started", stream, None))
             else:
                 events += self._adopt(stream, chunk.first_sample)
@@ -77,12 +78,12 @@ class Segments:
 
     def _adopt(self, stream: LiveStream, first_sample: int) -> list[Event]:
         """Go on with actions that another tracker announced; to the world the stream has not begun anew."""
-        stream.tracker = self._new_tracker(stream, first_sample)
+        stream.tracker = self._new_tracker(stream, first_sample, first_sample)
         actions, stream.adopted = stream.adopted or (), None
         return stream.tracker.adopt(actions, (stream.now, stream.captured))
 
-    def _new_tracker(self, stream: LiveStream, first_sample: int) -> Tracker:
-        return Tracker(self._manifest, stream.id, stream.epoch, first_sample, self._decoding)
+    def _new_tracker(self, stream: LiveStream, first_sample: int, said: int) -> Tracker:
+        return Tracker(self._manifest, stream.id, stream.epoch, first_sample, self._decoding, said)
 
     def _event(self, kind: EventType, stream: LiveStream, reason: str | None) -> Event:
         return Event(

@@ -12,9 +12,10 @@ For each class there is at most one open action and one pending candidate for a 
    it is worth, since no moment said so.
 4. A segment that overlaps what was emitted is not emitted (`stream.nms`).
 
-Invariants (tests/stream/test_tracker.py): every instance is started once, then ended or aborted once;
-`start <= end <= time`; times of emission never decrease; ended segments of one class do not overlap by
-more than `nms_tiou`; the state is bounded.
+Invariants (tests/stream/test_tracker.py), whatever the network says and however it is decoded: every instance
+is started once, then ended or aborted once, and no class starts twice at one sample of an epoch; `start <= end
+<= time`; times of emission never decrease; ended segments of one class do not overlap by more than `nms_tiou`;
+the state is bounded. They hold across trackers where one adopts what another left open.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from stream.decoder import SCORE_DIGITS, Moments, decode
 from stream.events import Event, instance_id
 from stream.history import History
 from stream.nms import MOST, Emitted
+from stream.ring import sample_of
 
 TIME_DIGITS = 6
 SWAPPED = "another bundle took over, which does not know this action"
@@ -78,8 +80,15 @@ class Tracker:
     """The events of one epoch of one stream."""
 
     def __init__(
-        self, manifest: Manifest, stream: str, epoch: int, first_sample: int, decoding: Decoding | None = None
+        self,
+        manifest: Manifest,
+        stream: str,
+        epoch: int,
+        first_sample: int,
+        decoding: Decoding | None = None,
+        said: int = -1,
     ) -> None:
+        """`said`: up to this sample another tracker of the same epoch may have announced starts."""
         self._manifest, self._stream, self._epoch, self._origin = manifest, stream, epoch, first_sample
         self._decoding = decoding or manifest.decoding
         self._rate, self._hop = manifest.frame.sample_rate, manifest.frame.hop
@@ -92,10 +101,11 @@ class Tracker:
         self._open: dict[int, _Open] = {}
         self._starts: dict[int, _Candidate] = {}
         self._ends: dict[int, _Candidate] = {}
-        self._emitted = [
-            Emitted(2 * self._longest + 4 * self._hold + self._hop + self._ahead) for _ in classes
-        ]
-        self._border = [first_sample - 1 for _ in classes]  # a start up to here is no news
+        # What a frame says reaches back over `max_duration`, from `lookahead` before it; events are stamped
+        # with the end of the chunk.
+        reach = self._longest + self._ahead + manifest.chunk_samples
+        self._emitted = [Emitted(reach + self._longest + 4 * self._hold + self._hop, said) for _ in classes]
+        self._border = [max(first_sample - 1, said) for _ in classes]  # a start up to here is no news
         # What is said of a frame comes `lookahead` frames after it: the first answers are about frames before
         # the stream's first.
         self._history = History(
@@ -191,9 +201,15 @@ class Tracker:
 
     @property
     def open_actions(self) -> list[OpenAction]:
-        """What was announced and has not ended."""
+        """What was announced and has not ended, as far as it lies behind what has ended in its class: whoever
+        goes on with it does not know that."""
         return [
-            OpenAction(action.id, self._manifest.classes[label], action.start, action.score)
+            OpenAction(
+                action.id,
+                self._manifest.classes[label],
+                max(action.start, self._emitted[label].reach),
+                action.score,
+            )
             for label, action in sorted(self._open.items())
         ]
 
@@ -237,7 +253,7 @@ class Tracker:
         """Bytes that `save` takes as msgpack, at most: 9 for a number, 5 for a list beside what it holds."""
         longest = max(manifest.frame.hop, decoding.max_duration * manifest.frame.sample_rate + 1)
         frames = math.ceil(longest / manifest.frame.hop) + manifest.lookahead + 1
-        emitted = 5 + MOST * (5 + 3 * 9)
+        emitted = 5 + (5 + 2 * 9) + MOST * (5 + 3 * 9)
         action, candidates = 5 + 3 * 9 + 5 + _ID_BYTES, 2 * (5 + 5 * 9)
         others = 8 + 9 + 9 + 6 * 9  # what is told, borders, what is endless, the course
         return 1024 + len(manifest.classes) * (2 * frames + emitted + action + candidates + others)
@@ -252,17 +268,23 @@ class Tracker:
         decoding: Decoding | None = None,
     ) -> Tracker:
         """The tracker that was saved. Raises ValueError, KeyError or TypeError when it does not fit."""
-        tracker = cls(manifest, stream, epoch, int(saved["origin"]), decoding)
-        tracker._heard = int(saved["heard"])
+        tracker = cls(manifest, stream, epoch, sample_of(saved["origin"]), decoding)
+        tracker._heard = sample_of(saved["heard"])
         tracker._told = np.frombuffer(saved["told"], "<f8").reshape(tracker._told.shape)
+        if not ((tracker._told >= 0) & (tracker._told <= 1)).all():
+            raise ValueError("probabilities that are none")
         tracker._endless = set(saved["endless"])
-        tracker._open = {label: _Open(*rest) for label, *rest in saved["open"]}
-        tracker._starts = {label: _Candidate(*rest) for label, *rest in saved["starts"]}
-        tracker._ends = {label: _Candidate(*rest) for label, *rest in saved["ends"]}
+        tracker._open = {
+            label: _Open(str(name), sample_of(start), float(score))
+            for label, name, start, score in saved["open"]
+        }
+        for waiting, name in ((tracker._starts, "starts"), (tracker._ends, "ends")):
+            for label, score, start, end, seen in saved[name]:
+                waiting[label] = _Candidate(_score(score), sample_of(start), sample_of(end), sample_of(seen))
         for border, emitted, label in zip(
             saved["border"], saved["emitted"], range(len(tracker._border)), strict=True
         ):
-            tracker._border[label] = border
+            tracker._border[label] = sample_of(border)
             tracker._emitted[label].restore(emitted)
         labels = {*tracker._open, *tracker._starts, *tracker._ends, *tracker._endless}
         if not labels <= set(range(len(manifest.classes))):
@@ -429,6 +451,13 @@ class Tracker:
             score=None if score is None else round(score, SCORE_DIGITS),
             reason=reason,
         )
+
+
+def _score(value: Any) -> float:
+    """A saved probability. Raises ValueError or TypeError when it is none."""
+    if not 0.0 <= (found := float(value)) <= 1.0:
+        raise ValueError(f"{found} is no probability")
+    return found
 
 
 @dataclass(frozen=True)

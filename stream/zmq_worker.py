@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 
-from engine.errors import OnsetError, WireError
+from engine.errors import WireError
 from stream.config import ServiceConfig, overridden
 from stream.dead_letters import open_dead_letters
 from stream.events import Event
@@ -183,13 +183,21 @@ class Worker:
 
     def _swap(self) -> None:
         """Go on with the bundle as it is now; with the old one, where the new cannot be used."""
-        self._around.notifier.reloading()
+        around = self._around
+        around.notifier.reloading()
         try:
-            session = self._around.engine()
-            decoding = overridden(session.manifest.decoding, self._config.decoding, "decoding")
-            self._runtime.swap(session, decoding)
+            self._runtime.drain()  # what fails here is no fault of the new bundle
+            try:
+                session = around.engine()
+                decoding = overridden(session.manifest.decoding, self._config.decoding, "decoding")
+                self._runtime.swap(session, decoding, around.beat)
+            except Exception as problem:
+                around.reload.refused(self._bundle, problem)
+                self._counters.bundle_swaps_failed.inc()
+                around.notifier.status(f"bundle {self._bundle}; another was refused, see the log")
+                return
             log.info("bundle %s takes over from %s", session.manifest.id, self._bundle)
             self._bundle = session.manifest.id
-        except OnsetError as problem:
-            log.error("the bundle stays %s: %s", self._bundle, problem)
-        self._around.notifier.ready()
+            around.notifier.status(f"bundle {self._bundle}")
+        finally:
+            around.notifier.ready()

@@ -6,19 +6,25 @@ what is tested is everything around it. tests/gpu has the same law for the real 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from engine import BundleError, EngineError, OnnxSession, Session, Slot
+from engine import BundleError, EngineError, OnnxSession, Session, Slot, read_bundle
 from engine.tensorrt_session import TensorRtSession
 from tests.engine.fake_driver import FakeDriver
 from tests.engine.fake_tensorrt import install
@@ -270,3 +276,122 @@ def test_a_graph_that_diverged_or_takes_one_stream_only_is_refused(tiny_bundle: 
         OnnxSession(rewrite(tiny_bundle, tmp_path / "nan", poison))
     with pytest.raises(BundleError, match="fails with 2 streams"):
         OnnxSession(rewrite(tiny_bundle, tmp_path / "one", fix_batch))
+
+
+FILES = ("bundle.json", "model.onnx")
+
+
+def _directory(path: Path) -> None:
+    path.mkdir()
+
+
+def _broken_link(path: Path) -> None:
+    path.symlink_to(path.with_name("gone"))
+
+
+def _loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("change", [_directory, _broken_link, _loop, _pipe])
+def test_a_bundle_whose_files_are_no_files_is_refused(
+    tiny_bundle: Path, tmp_path: Path, name: str, change: Callable[[Path], None]
+) -> None:
+    bundle = edit(tiny_bundle, tmp_path / "b")
+    (bundle / name).unlink()
+    change(bundle / name)
+    with pytest.raises(BundleError, match=r"not readable|not a bundle"):
+        OnnxSession(bundle)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "problem", [errno.EACCES, errno.EIO, errno.ENOENT, errno.ESTALE, errno.EMFILE, errno.ENOTDIR]
+)
+def test_a_bundle_that_the_machine_does_not_give_is_refused(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, problem: int
+) -> None:
+    """At whatever moment: a file may be there at one look, and gone at the next."""
+    bundle, real = edit(tiny_bundle, tmp_path / "b"), os.open
+
+    def refusing(path: Any, *arguments: Any, **options: Any) -> int:
+        if Path(path).name == name:
+            raise OSError(problem, os.strerror(problem), str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with pytest.raises(BundleError, match=r"not readable|not a bundle"):
+        read_bundle(bundle)
+
+
+def test_a_bundle_that_comes_and_goes_under_reading_is_read_whole_or_refused(
+    tiny_bundle: Path, other_bundle: Path, tmp_path: Path
+) -> None:
+    """As a copy does it, file by file, over what was there; the reader looks at any moment."""
+    bundle, stop = edit(tiny_bundle, tmp_path / "b"), threading.Event()
+    whole = {read_bundle(found)[0].id for found in (tiny_bundle, other_bundle)}
+
+    def copy() -> None:
+        while not stop.is_set():
+            for source in (other_bundle, tiny_bundle):
+                for name in FILES:
+                    (bundle / name).unlink()
+                    (bundle / name).write_bytes((source / name).read_bytes())
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    try:
+        for _ in range(500):
+            with suppress(BundleError):
+                assert read_bundle(bundle)[0].id in whole
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_whatever_onnx_runtime_raises_is_a_bundle_that_is_refused(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    junk = edit(tiny_bundle, tmp_path / "b", graph_sha256=hashlib.sha256(b"junk").hexdigest())
+    (junk / "model.onnx").write_bytes(b"junk")
+    with pytest.raises(BundleError, match="refuses the graph"):
+        OnnxSession(junk)
+
+    def failing(*arguments: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", failing)
+    with pytest.raises(BundleError, match="refuses the graph"):
+        OnnxSession(tiny_bundle)
+
+
+@pytest.mark.parametrize("place", ["weights.bin", "/etc/passwd", "../weights.bin"])
+def test_weights_outside_of_the_graph_are_refused(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """ONNX lets a graph name other files as its weights; nothing would vouch for what is in them."""
+    monkeypatch.chdir(tmp_path)  # in which ONNX Runtime would look
+
+    def point_outside(model: onnx.ModelProto) -> None:
+        weight = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+        for path in (tmp_path / "weights.bin", tmp_path / "b" / "weights.bin"):
+            path.write_bytes(weight.raw_data)
+        onnx.external_data_helper.set_external_data(weight, place, length=len(weight.raw_data))
+        weight.ClearField("raw_data")
+        weight.data_location = onnx.TensorProto.EXTERNAL
+
+    (tmp_path / "b").mkdir()
+    model = onnx.load(str(tiny_bundle / "model.onnx"))
+    point_outside(model)
+    graph = model.SerializeToString()
+    values = json.loads((tiny_bundle / "bundle.json").read_text())
+    values["graph_sha256"] = hashlib.sha256(graph).hexdigest()
+    (tmp_path / "b" / "bundle.json").write_text(json.dumps(values))
+    (tmp_path / "b" / "model.onnx").write_bytes(graph)
+    with pytest.raises(BundleError, match="refuses the graph"):
+        OnnxSession(tmp_path / "b")

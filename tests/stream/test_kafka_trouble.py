@@ -6,28 +6,34 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from kafka import KafkaAdminClient, KafkaProducer, OffsetAndMetadata, TopicPartition
 from kafka.errors import KafkaError, KafkaTimeoutError
 
-from engine import read_bundle
+from engine import OnnxSession, choice, read_bundle
 from stream import kafka_source
 from stream.checkpoint import MAX_RECORD_BYTES
+from stream.config import load_service_config
 from stream.counters import Counters
 from stream.kafka_delivery import Delivery, open_delivery
 from stream.kafka_source import KafkaSource, KafkaSourceSettings
+from stream.reload import Reload
+from stream.service import serve
 from tests.kafka.broker import Cluster
 from tests.kafka.flow import (
     DECODING,
     Feed,
     WorkerProcess,
+    await_committed,
     await_ends,
     await_line,
     expected_events,
@@ -315,3 +321,62 @@ def test_a_worker_behind_an_open_transaction_stops_when_told(
         assert worker.stop() == 0
         left.abort()
     assert "stopped before its partitions were taken up" in (tmp_path / "log").read_text()
+
+
+class Unforeseen(OnnxSession):
+    """An engine that fails, in a way nobody foresaw: when it is opened, or when a stream comes to it."""
+
+    failing = ""
+
+    def __init__(self, *arguments: Any) -> None:
+        if self.failing == "at once":
+            raise RuntimeError("fails at once")
+        super().__init__(*arguments)
+        self._is_failing = self.failing == "later"
+
+    def step(self, *arguments: Any) -> Any:
+        if self._is_failing:
+            raise RuntimeError("fails later")
+        return super().step(*arguments)
+
+
+def test_whatever_a_swap_raises_the_old_bundle_goes_on_and_no_event_is_another(
+    kafka: Cluster,
+    topic: Callable[..., str],
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Before the partitions are given up, and when they are being brought back."""
+    topics, stop = {"frames": topic(), "events": topic()}, threading.Event()
+    config = worker_config(tmp_path, tiny_bundle, kafka, topics)
+    messages = messages_of(2, 1500)
+    reload = Reload(tiny_bundle, watch=False)
+    feed, third = Feed(kafka, topics["frames"]), len(messages) // 3
+    monkeypatch.setattr(choice, "OnnxSession", Unforeseen)
+    counters: list[Counters] = []
+    thread = threading.Thread(
+        target=lambda: counters.append(serve(load_service_config(config), stop, None, reload))
+    )
+    thread.start()
+    try:
+        feed.send(messages[:third])
+        await_committed(kafka, config, third)
+        for part, failing in ((messages[third : 2 * third], "at once"), (messages[2 * third :], "later")):
+            monkeypatch.setattr(Unforeseen, "failing", failing)
+            reload.request()
+            deadline = time.monotonic() + 60
+            while f"RuntimeError: fails {failing}" not in caplog.text:
+                assert time.monotonic() < deadline, caplog.text
+                time.sleep(0.05)
+            feed.send(part)
+        feed.close()
+        events = await_ends(kafka, topics["events"], ["s0", "s1"], 90)
+    finally:
+        stop.set()
+        thread.join(60)
+    for stream, expected in expected_events(tiny_bundle, messages).items():
+        assert events[stream] == expected
+    counted = counters[0].snapshot()
+    assert (counted["bundle_swaps_failed"], counted.get("bundle_swaps", 0)) == (2, 0)

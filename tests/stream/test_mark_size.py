@@ -66,7 +66,7 @@ def test_a_tracker_that_is_full_takes_half_of_what_was_said_at_least(
     if max_duration > 1000:  # which is long to feed, and of which the history is most
         tracker._history.add(np.random.default_rng(0).random((round(max_duration * rate) + 1, 3)))
     saved = tracker.save()
-    assert max(len(emitted) for emitted in saved["emitted"]) == MOST
+    assert max(len(emitted) for emitted in saved["emitted"]) == 1 + MOST  # the border, and what is remembered
     bound = Tracker.largest_save(manifest, decoding)
     assert bound / 2 <= len(msgpack.packb(saved)) <= bound
 
@@ -95,17 +95,18 @@ def test_of_many_segments_the_newest_are_remembered_one_by_one_and_the_others_as
     for number in range(20):
         emitted.add(10 * number, (10 * number + 1, 10 * number + 9), now=200)
     restored = nms.Emitted(horizon=1000)
-    restored.restore([tuple(row) for row in emitted.save()])
+    restored.restore(emitted.save())
     for found in (emitted, restored):
-        assert len(found.save()) == 8
+        assert len(found.save()) == 1 + 8
         assert [start for start in range(200) if not found.announced(start)] == [
-            start for start in range(121, 200) if start % 10
+            start for start in range(111, 200) if start % 10
         ]
         assert found.suppresses((131, 139), 0.5)
-        assert not found.suppresses((121, 129), 0.5)
-        assert not found.suppresses((115, 125), 0.0), "a border is no segment"
-    emitted.add(1200, (1201, 1209), now=1200)  # and what no new one reaches, not even as a border
-    assert [row[2] for row in emitted.save()] == [1200]
+        assert not found.suppresses((119, 129), 1.0)
+        assert found.suppresses((118, 119), 1.0), "it may overlap what is forgotten"
+        assert found.beyond((100, 120), 0.5) == (119, 120)
+    emitted.add(1200, (1201, 1209), now=1200)  # and what no new one reaches
+    assert emitted.save() == [[190, 199], [1201, 1209, 1200]]
 
 
 @settings(max_examples=40, deadline=None)

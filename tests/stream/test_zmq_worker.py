@@ -250,3 +250,46 @@ def test_a_kafka_source_takes_no_sinks_and_zmq_needs_some(tiny_bundle: Path) -> 
     ):
         with pytest.raises(ValueError, match=why):
             ServiceConfig.model_validate({"bundle": str(tiny_bundle), "source": source, "sinks": sinks})
+
+
+class Unforeseen(OnnxSession):
+    """An engine that fails in a way nobody foresaw: when it is opened, or when it is used."""
+
+    failing = ""
+
+    def __init__(self, *arguments: Any) -> None:
+        if self.failing == "opened":
+            raise PermissionError(13, "Permission denied", "plans")
+        super().__init__(*arguments)
+        self._is_failing = self.failing == "used"
+
+    def step(self, slots: Sequence[Slot], samples: Any, mask: Any) -> Any:
+        if self._is_failing:
+            raise RuntimeError("out of memory")
+        return super().step(slots, samples, mask)
+
+
+def test_whatever_a_swap_raises_the_old_bundle_goes_on_and_the_log_says_why(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(choice, "OnnxSession", Unforeseen)
+    path = tmp_path / "events.jsonl"
+    samples, short = wave(3, 1000), wave(4, 10)
+    reload = Reload(tiny_bundle, watch=False)
+    with running(config_of(tiny_bundle, path), reload) as send:
+        send(message("one", samples, 0, 500))
+        send(encode(Message("short", 0, short, RATE)))
+        await_event(path, "short", "stream.started")
+        await_event(path, "one", "stream.started")
+        for number, failing in enumerate(("opened", "used"), 1):
+            monkeypatch.setattr(Unforeseen, "failing", failing)
+            reload.request()
+            deadline = time.monotonic() + 30
+            while caplog.text.count("the bundle stays tiny@") < number:
+                assert time.monotonic() < deadline, caplog.text
+                time.sleep(0.02)
+        send(message("one", samples, 500, 1000))
+        await_event(path, "one", "stream.ended")
+    assert of(read(path), "one") == undisturbed(tiny_bundle, "one", samples)
+    for why in ("PermissionError: [Errno 13] Permission denied: 'plans'", "RuntimeError: out of memory"):
+        assert why in caplog.text

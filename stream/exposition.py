@@ -1,7 +1,7 @@
 """The metrics as text, rendered for all who ask together.
 
-Rendering holds the interpreter's lock, which the main loop needs, too: its time is spent at most once a second,
-and where it takes long (many classes), at most a twentieth of the time. Knows no HTTP.
+Rendering holds the interpreter's lock, which the main loop needs, too: it is done at most once a second, and
+where it takes long (many classes), for at most a twentieth of the time. Knows no HTTP.
 """
 
 from __future__ import annotations

@@ -131,8 +131,8 @@ class FileDeadLetters:
     """JSON lines of time, reason, why, origin, size and data (base64), in a file that stays bounded.
 
     Data above 64 KiB is cut, and its SHA-256 told. When the file would grow beyond `max_bytes` it becomes
-    `NAME.1`, in place of the one before. A line without `data` says how many letters were not kept. Both files
-    are their owner's alone (mode 0600): a letter holds what somebody sent, perhaps by mistake.
+    `NAME.1`, in place of the one before. A line without `data` says how many letters were not kept. Both
+    files are their owner's alone (mode 0600): a letter holds what somebody sent, perhaps by mistake.
     """
 
     def __init__(

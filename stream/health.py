@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry
 from pydantic import Field, field_validator
 
 from engine.errors import ConfigError
+from engine.redaction import redacted
 from engine.schema import Strict
 from stream.exposition import Exposition
 
@@ -205,7 +206,8 @@ class HealthServer:
             stalled = self._health.stalled()
             return _status(stalled is None), _TEXT, f"{stalled or 'alive'}\n".encode()
         missing = self._health.missing()
-        body = json.dumps({"ready": not missing, "missing": missing}) + "\n"
+        told = {name: redacted(why) for name, why in missing.items()}
+        body = json.dumps({"ready": not missing, "missing": told}) + "\n"
         return _status(not missing), "application/json", body.encode()
 
     def _metrics(self, fields: str) -> _Answer:

@@ -59,8 +59,8 @@ def standard_output() -> LineWriter:
 class AppendingFile(LineWriter):
     """A file that grows: what a service writes. Raises ConfigError when it cannot be opened.
 
-    A new file is its owner's alone (mode 0600), since events say who did what and when; the mode of one that is
-    there is left to whoever set it.
+    A new file is its owner's alone (mode 0600), since events say who did what and when; the mode of one
+    that is there is left to whoever set it.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,7 +1,7 @@
 """The spool: records that wait on disk until a broker has them. A queue in one SQLite file, for one process.
 
 What `append` has returned for is on the disk: it outlives this process, and a power failure. Knows nothing of
-Kafka; thread-safe. How its file is made and recognised, and what becomes of a damaged one: `stream.spool_file`.
+Kafka; thread-safe. How its file is made, recognised, and set aside where it is damaged: `stream.spool_file`.
 """
 
 from __future__ import annotations

@@ -178,7 +178,8 @@ def _set_aside(path: Path, problem: Exception) -> None:
         if part.exists():
             part.replace(aside.with_name(aside.name + suffix))
     log.error(
-        "%s: the spool is damaged (%s) and was set aside as %s; events in it were not sent. A new one begins.",
+        "%s: the spool is damaged (%s) and was set aside as %s; events in it were not sent. "
+        "A new one begins.",
         path,
         problem,
         aside.name,

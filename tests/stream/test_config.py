@@ -59,7 +59,7 @@ def test_the_example_names_every_key_and_what_stands_in_its_comments_is_valid(
 
 SERVICE = """
 bundle: bundle
-source: {{zmq: {{endpoint: "tcp://127.0.0.1:0", curve: {{secret: keys/service.secret, clients: keys/clients}}}}}}
+source: {{zmq: {{curve: {{secret: keys/service.secret, clients: keys/clients}}}}}}
 sinks: {sinks}
 dead_letters: {letters}
 """

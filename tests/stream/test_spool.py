@@ -299,7 +299,7 @@ def test_a_spool_is_its_owners_alone_and_one_that_is_not_is_tightened(
 
 
 def test_no_flipped_bit_ends_in_anything_but_a_spool_or_a_sentence(tmp_path: Path) -> None:
-    """A flip is found, refused by name, or in what nobody reads; what comes back is bytes as they were sent."""
+    """A flip is found, refused by name, or in what nobody reads; what comes back has its form."""
     path = tmp_path / "spool.db"
     spool = Spool(path, PLENTY)
     spool.append(records(0, 40, size=200))

@@ -12,13 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from engine.documents import load_yaml
 from engine.errors import ConfigError, OnsetError
 from engine.redaction import is_secret_name, learn, redacted
-
-MAX_CONFIG_BYTES = 4 * 1024 * 1024
 
 
 class Strict(BaseModel):
@@ -27,8 +25,6 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-# In the words of the YAML reader: what it found, unless it is a character or the name of a token.
-_QUOTED = re.compile(r"'(?!<[a-z ]+>').{3,}'|(?<=[!&*])[^\s']{2,}")
 # What is shown of a wrong configuration: a key as keys look, a value as those of choices and numbers look.
 _KEY = re.compile(r"[A-Za-z_][A-Za-z_-]{0,39}[0-9]{0,3}")
 _WORD = re.compile(r"[a-z]{1,16}([-_ ][a-z]{1,16})?|[a-z]{2}[0-9]{1,2}|[-+.:0-9]{0,20}")
@@ -52,31 +48,6 @@ def parse(model: type[ModelT], values: object, origin: str, error: type[OnsetErr
 def as_tuple(value: Any) -> Any:
     """One thing or a list of them, as a tuple: for keys that take either."""
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def load_yaml(path: Path) -> Any:
-    """Read one YAML document of at most 4 MiB, without constructing Python objects.
-
-    Raises ConfigError when the file is missing, too large or not YAML.
-    """
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes; this is not a configuration")
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
-    except yaml.MarkedYAMLError as problem:
-        # Its own words quote the line, which may be the one with a password.
-        mark = problem.problem_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        said = _QUOTED.sub("'...'", problem.problem or "")
-        raise ConfigError(f"{path}{place}: not readable as YAML: {said}") from None
-    except OSError as problem:
-        raise ConfigError(f"{path}: cannot be read: {problem.strerror or problem}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not readable as YAML: it is not UTF-8 text") from None
-    except (ValueError, OverflowError, RecursionError, yaml.YAMLError) as problem:
-        raise ConfigError(f"{path}: not readable as YAML: {type(problem).__name__}") from None
 
 
 def load_config(model: type[ModelT], path: Path) -> ModelT:

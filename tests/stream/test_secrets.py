@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from pydantic import BaseModel
 from zmq.utils import z85
 
@@ -193,11 +192,13 @@ def test_no_secret_under_any_key_is_told(
         ways = [put(base, place, value), put(base, place, [value]), put(base, place, {value: 1})]
         if name != "sinks" and not isinstance(place[-1], int):
             ways += [put(base, (*parent, value), "x"), put(base, (*parent, name + "s"), value)]
-        for way, values in enumerate(ways):
+        # Of the ways to write it there each is taken, with one secret or another, under every key.
+        for way in {0, 1 + (number + list(SECRETS).index(kind)) % (len(ways) - 1)}:
+            values = ways[way]
             monkeypatch.setattr(redaction, "_hidden", redaction.Hidden())
             folder = tmp_path / f"{number}-{way}"
             folder.mkdir()
-            (folder / "service.yaml").write_text(yaml.safe_dump(values))
+            (folder / "service.yaml").write_text(json.dumps(values))
             said.clear()
             with suppress(OnsetError, OSError):
                 try:
@@ -214,7 +215,7 @@ def test_no_secret_under_any_key_is_told(
                 handler.emit(record)
             assert_silent(stream.getvalue(), parts)
             caplog.clear()
-    assert failed > 200
+    assert failed > 100
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_a_plain_word_is_hidden_under_every_name_that_says_what_it_is(name: str,
     for value in ("hunter", 271828182, ["hunter"], {"of": "hunter"}):
         for parent in sorted(parents, key=str):
             base = with_everything("kafka" if "kafka" in parent[:2] else "zmq")
-            (tmp_path / "service.yaml").write_text(yaml.safe_dump(put(base, (*parent, name), value)))
+            (tmp_path / "service.yaml").write_text(json.dumps(put(base, (*parent, name), value)))
             with pytest.raises(OnsetError) as problem:
                 use(tmp_path / "service.yaml")
             assert_silent(told(problem.value) + "\n".join(said), ["hunter", "271828182"])
@@ -237,7 +238,7 @@ def test_a_plain_word_is_hidden_under_the_keys_of_the_password(key: str, tmp_pat
     del values["source"]["kafka"]["connection"]["sasl"]["password"]
     values["source"]["kafka"]["connection"]["sasl"][key] = "hunter"
     values["source"]["kafka"]["connection"]["tls"] = {}
-    (tmp_path / "service.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "service.yaml").write_text(json.dumps(values))
     with pytest.raises(OnsetError) as problem:
         use(tmp_path / "service.yaml")
     assert_silent(told(problem.value), ["hunter"])
@@ -386,7 +387,7 @@ def test_the_command_line_shows_none(
     (tmp_path / "s.public").write_text(curve_key(3))
     values = put(with_everything("zmq"), ("bundle",), "Tr0ub4dor&3xyz")
     del values["sinks"][0], values["source"]["zmq"]["curve"]
-    (tmp_path / "service.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "service.yaml").write_text(json.dumps(values))
     (tmp_path / "kafka.yaml").write_text("bootstrap: sensor:hunter2@broker:9092\n")
     text = typed(*words)
     assert_silent(text, parts)

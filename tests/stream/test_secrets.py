@@ -33,11 +33,9 @@ from onset import main
 from stream import logs
 from stream.config import ServiceConfig, load_service_config
 from stream.counters import Counters
-from stream.kafka_connection import KafkaConnection, Sasl
-from stream.kafka_sender import KafkaSender
+from stream.kafka_connection import Sasl
 from stream.sinks import open_sinks
 from stream.zmq_keys import read_secret, write_keys
-from stream.zmq_producer import ZmqProducer
 from stream.zmq_source import ZmqSource
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -246,7 +246,7 @@ class _Redacted(logging.Formatter):
 def main() -> None:
     """Entry point: errors that Onset raises on purpose become one sentence and status 2.
 
-    All that is said on standard error goes through here, through the log, or through the hooks for what nobody
+    What is said on standard error goes through here, through the log, or through the hooks for what nobody
     caught: none of them shows a secret.
     """
     learn_arguments(sys.argv[1:])

@@ -1,7 +1,7 @@
 """NumPy's files, `.npy` and `.npz`, whose headers are believed only as far as the file's size bears them out.
 
-Nothing is unpickled, and nothing of the size that a header claims is allocated before the file is known to have
-as much. Knows nothing of recordings.
+Nothing is unpickled, and nothing of the size that a header claims is allocated before the file is known to
+have as much. Knows nothing of recordings.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.lib import format as npy
@@ -33,16 +33,18 @@ _MAX_ENTRIES = 100_000
 _PACKED = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: _MAX_RATIO}
 _ENCRYPTED = 0x1
 _MAX_DIMENSIONS = 32
-# What the readers of headers and archives raise at what they do not expect, NotImplementedError below RuntimeError.
-_DAMAGED = (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, SyntaxError, OverflowError)
-_DAMAGED += (RuntimeError, MemoryError, struct.error, tokenize.TokenError, zlib.error, zipfile.BadZipFile)
+# What the readers of headers and archives raise at what they do not expect.
+_DAMAGED = (
+    *(OSError, EOFError, ValueError, TypeError, KeyError, IndexError, SyntaxError, OverflowError),
+    *(RuntimeError, MemoryError, struct.error, tokenize.TokenError, zlib.error, zipfile.BadZipFile),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class _Header:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    order: str  # "C" or "F"
+    order: Literal["C", "F"]
     length: int
 
     @property
@@ -53,6 +55,7 @@ class _Header:
 
 def map_array(path: Path) -> NDArray[Any]:
     """The array of an `.npy` file, mapped: nothing of it is read yet. Raises DataError."""
+    complaint = f"{path}: not readable as an .npy file of one plain array"
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -61,15 +64,13 @@ def map_array(path: Path) -> NDArray[Any]:
         raise DataError(f"{path}: cannot be opened: {problem.strerror or problem}") from None
     if head.startswith(b"PK\x03\x04"):
         raise DataError(f"{path}: holds an .npz archive, expected one array; rename it to .npz")
-    header = _header(head, size, f"{path}: not readable as an .npy file of one plain array")
+    header = _header(head, size, complaint)
     if not header.size:
         return np.empty(header.shape, header.dtype)
     try:
-        return np.memmap(path, header.dtype, "r", header.length, header.shape, header.order)  # type: ignore[call-overload,no-any-return]
+        return np.memmap(path, header.dtype, "r", header.length, header.shape, header.order)
     except _DAMAGED as problem:
-        raise DataError(
-            f"{path}: not readable as an .npy file of one plain array: {_short(problem)}"
-        ) from None
+        raise DataError(f"{complaint}: {_short(problem)}") from None
 
 
 def unpack_arrays(path: Path, max_bytes: int) -> dict[str, NDArray[Any]]:
@@ -116,7 +117,7 @@ def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, complaint: str) ->
             done += len(block)
     if done != header.size:
         raise DataError(f"{complaint}: {entry.filename!r} ends after {done} of {header.size} bytes")
-    return np.ndarray(header.shape, header.dtype, samples, order=header.order)  # type: ignore[call-overload,no-any-return]
+    return np.ndarray(header.shape, header.dtype, samples, order=header.order)
 
 
 def _exactly(file: IO[bytes], size: int) -> bytes:
@@ -146,8 +147,8 @@ def _header(head: bytes, size: int, complaint: str) -> _Header:
         raise DataError(f"{complaint}: its header is damaged: {dtype} {list(shape)[:_MAX_DIMENSIONS]}")
     if header.length + header.size != size:
         raise DataError(
-            f"{complaint}: its header claims {header.size} bytes of samples, {dtype} {list(shape)}, and there "
-            f"are {size - header.length}: it is damaged, or was cut"
+            f"{complaint}: its header claims {header.size} bytes of samples, {dtype} {list(shape)}, and "
+            f"there are {size - header.length}: it is damaged, or was cut"
         )
     return header
 

@@ -30,7 +30,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 def read_text(path: Path, max_bytes: int, error: type[OnsetError]) -> str:
     """The text of a file in UTF-8, with or without a byte order mark; of a pipe or a device, too.
 
-    Raises `error` where it cannot be read, is no text, or has more than `max_bytes`, of which no more are read.
+    Raises `error` where it cannot be read, is no text, or has more than `max_bytes` (no more are read).
     """
     try:
         with path.open("rb") as file:
@@ -64,8 +64,8 @@ def read_json(
 def load_yaml(path: Path) -> Any:
     """Read one YAML document of at most 1 MiB, without constructing Python objects.
 
-    Raises ConfigError when the file is missing, too large, not YAML, or says more than it has room for: numbers
-    of more than 64 characters, aliases that make many of little, merge keys, deep nesting.
+    Raises ConfigError when the file is missing, too large or not YAML, and for what costs more than its
+    length: numbers of more than 64 characters, aliases that make many of little, merge keys, deep nesting.
     """
     text = read_text(path, MAX_CONFIG_BYTES, ConfigError)
     try:

@@ -17,7 +17,7 @@ from engine.redaction import redacted
 
 
 class OnsetError(Exception):
-    """Base of every error that Onset raises on purpose. What it says is without secrets: `engine.redaction`."""
+    """Base of every error that Onset raises on purpose; without secrets (`engine.redaction`)."""
 
     def __str__(self) -> str:
         return redacted(super().__str__())

@@ -194,23 +194,18 @@ class _Table:
             cells = line.split(self._delimiter)
             if len(cells) != self._width:
                 raise DataError(f"{self._path}:{number}: found {len(cells)} columns, expected {self._width}")
-            for cell in cells[self._first :]:
-                try:
-                    values.append(_float32(cell))
-                except ValueError:
-                    shown = cell if len(cell) <= 40 else cell[:37] + "..."
-                    raise DataError(
-                        f"{self._path}:{number}: found {shown!r}, expected a number or an empty cell"
-                    ) from None
+            values.extend(_number(cell, f"{self._path}:{number}") for cell in cells[self._first :])
         return np.array(values, np.float32).reshape(-1, self._width - self._first)
 
 
-def _float32(cell: str) -> float:
+def _number(cell: str, where: str) -> float:
     if not cell or cell.isspace():
         return math.nan
-    if "_" in cell:  # Python's own way to write a number
-        raise ValueError
-    return float(cell)
+    with suppress(ValueError):
+        if "_" not in cell:  # Python's own way to write a number
+            return float(cell)
+    shown = cell if len(cell) <= 40 else cell[:37] + "..."
+    raise DataError(f"{where}: found {shown!r}, expected a number or an empty cell")
 
 
 def _sniff(path: Path) -> tuple[str, list[str], int]:

@@ -1,9 +1,9 @@
 """Secrets do not leave: what is known to be one is `***` in every error and every line of a log.
 
-Known is what somebody told (`hide`): passwords and keys when they are read, and, from configurations and command
-lines (`learn`), also what stands under the wrong key or in the wrong form: what is called a secret, looks like
-one, or is a name and a password in front of a host. A password that is a plain word, such as a topic might be
-called, and stands where a name belongs cannot be told from that name.
+Known is what somebody told (`hide`): passwords and keys when they are read. More is learnt from
+configurations and command lines (`learn`), whatever key it is under: what is called a secret, what looks
+like one, and what is a name and a password in front of a host. One thing cannot be told: a password that is
+a plain word, such as a topic might be called, where a name belongs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import PurePath
 from types import TracebackType
 from urllib.parse import quote, unquote
@@ -172,7 +173,7 @@ def _seems_password(text: str) -> bool:
     kinds = [_kind(character) for character in text if character not in "-_."]
     if not {"lower", "upper", "digit"} <= set(kinds) or _seems_path(text):
         return False
-    changes = sum(one != other for one, other in zip(kinds, kinds[1:], strict=False))
+    changes = sum(one != other for one, other in pairwise(kinds))
     return not _PASSWORD_MARKS.isdisjoint(text) or (len(kinds) >= 10 and changes >= 0.45 * (len(kinds) - 1))
 
 

@@ -62,7 +62,7 @@ class Sasl(Strict):
         return self
 
     def secret(self) -> str:
-        """The password, which no log shows from now on. Raises ConfigError when it is not where it should be."""
+        """The password, which no log shows from now on. Raises ConfigError when it cannot be had."""
         password = self._password()
         hide(password)
         return password

@@ -46,8 +46,8 @@ class Anything(Strict):
     a: int
 
 
-# Half a minute of processor time for all of them is a hundred times what they take; a stack that overflows and a
-# memory that is eaten up end the process, not the test.
+# In a process of its own, which an overflowing stack or a lack of memory would end; half a minute of processor
+# time is a hundred times what all of them take.
 def test_no_yaml_costs_more_than_its_length(tmp_path: Path) -> None:
     for name, (content, _) in BOMBS.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())

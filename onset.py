@@ -17,8 +17,12 @@ from rich.logging import RichHandler
 
 from engine import cli as engine_cli
 from engine.errors import ConfigError, OnsetError
+from engine.redaction import guard_tracebacks, learn_arguments, redacted
 from stream import cli as stream_cli
 from trainer import data_cli, score_cli
+
+# The base of all that is typed wrongly; typer brings it along under changing names.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 app = typer.Typer(
     name="onset",
@@ -234,18 +238,36 @@ def calibrate(
     )
 
 
+class _Redacted(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 def main() -> None:
-    """Entry point: errors that Onset raises on purpose become one sentence and status 2."""
+    """Entry point: errors that Onset raises on purpose become one sentence and status 2.
+
+    What is said on standard error goes through here, through the log, or through the hooks for what nobody
+    caught: none of them shows a secret.
+    """
+    learn_arguments(sys.argv[1:])
+    guard_tracebacks()
     console = Console(stderr=True)
-    logging.basicConfig(
-        level=logging.INFO, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
-    )
+    handler = RichHandler(console=console, show_path=False)
+    handler.setFormatter(_Redacted("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
-        app()
+        status = app(standalone_mode=False)
     except (OnsetError, OSError) as problem:
         console.print(f"[bold red]error[/] {type(problem).__name__}:", end=" ")
-        console.print(str(problem), markup=False, highlight=False, soft_wrap=True)
+        console.print(redacted(str(problem)), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+    except typer.Abort:
+        sys.exit(1)
+    except _UsageError as problem:  # what it says may quote what was typed
+        problem.message = redacted(problem.message)  # type: ignore[attr-defined]
+        problem.show()  # type: ignore[attr-defined]
+        sys.exit(2)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,14 @@ The command line prints it as one sentence and exits with status 2; nothing else
 
 from __future__ import annotations
 
+from engine.redaction import redacted
+
 
 class OnsetError(Exception):
-    """Base of every error that Onset raises on purpose."""
+    """Base of every error that Onset raises on purpose; without secrets (`engine.redaction`)."""
+
+    def __str__(self) -> str:
+        return redacted(super().__str__())
 
 
 class ConfigError(OnsetError):

@@ -1,20 +1,23 @@
 """Recordings on disk: `.npy`, `.npz` and `.csv` files read as float32 arrays [T, C].
 
 One reader for training, checking and serving, so that a file means the same everywhere. Knows nothing of
-sampling rates, labels or models. Nothing is ever unpickled, and a file's size is known before it is read.
+sampling rates, labels or models. What a file may cost is known before it is read.
 """
 
 from __future__ import annotations
 
+import math
 import re
-import warnings
-import zipfile
+from array import array
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.array_files import map_array, unpack_arrays
 from engine.errors import DataError
 
 SUFFIXES = (".npy", ".npz", ".csv")
@@ -23,7 +26,8 @@ SUFFIXES = (".npy", ".npz", ".csv")
 # larger is either damaged or belongs in several recordings.
 MAX_RECORDING_BYTES = 4 * 1024**3
 ARRAY_KEYS = ("samples", "feats")
-_SNIFF_BYTES = 1024 * 1024
+_LINE_CHARS = 1024 * 1024
+_BLOCK_CHARS = 1024 * 1024
 _TIME_COLUMN = re.compile(r"(time|timestamp|t)\s*([\[(].*[\])])?", re.IGNORECASE)
 
 
@@ -46,23 +50,13 @@ def read_recording(path: Path) -> NDArray[np.float32]:
         return _checked(_read_csv(path), path)
     if suffix == ".npz":
         return _checked(_pick_array(read_arrays(path), path), path)
-    return _checked(_read_npy(path), path)
+    return _checked(map_array(path), path)
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """Read every array of an `.npz` file, by key. Raises DataError; never unpickles."""
     _check_file(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > MAX_RECORDING_BYTES:
-            raise DataError(f"{path}: unpacks to {size} bytes, expected at most {MAX_RECORDING_BYTES}")
-        with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
-    except DataError:
-        raise
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, NotImplementedError) as problem:
-        raise DataError(f"{path}: not readable as an .npz file of plain arrays: {problem}") from None
+    return unpack_arrays(path, MAX_RECORDING_BYTES)
 
 
 def _check_file(path: Path) -> None:
@@ -71,23 +65,12 @@ def _check_file(path: Path) -> None:
     except OSError as problem:
         raise DataError(f"{path}: cannot be opened: {problem.strerror or problem}") from None
     if not path.is_file():
-        raise DataError(f"{path}: found a folder, expected a file")
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise DataError(f"{path}: found {kind}, expected a file")
     if size > MAX_RECORDING_BYTES:
         raise DataError(
             f"{path}: {size} bytes, expected at most {MAX_RECORDING_BYTES}; cut it into several recordings"
         )
-
-
-def _read_npy(path: Path) -> NDArray[Any]:
-    # Memory-mapped, so that shape and type are judged before any of the samples is read.
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, EOFError, ValueError, SyntaxError) as problem:
-        raise DataError(f"{path}: not readable as an .npy file of one plain array: {problem}") from None
-    if not isinstance(array, np.ndarray):
-        array.close()
-        raise DataError(f"{path}: holds an .npz archive, expected one array; rename it to .npz")
-    return array
 
 
 def _pick_array(arrays: dict[str, NDArray[Any]], path: Path) -> NDArray[Any]:
@@ -123,53 +106,117 @@ def _read_csv(path: Path) -> NDArray[np.float32]:
     first = 1 if names and _TIME_COLUMN.fullmatch(names[0]) else 0
     if first == width:
         raise DataError(f"{path}: found only the column `{names[0]}`, expected a channel beside it")
-    skip = 1 if names else 0
+    table = _Table(path, delimiter, width, first)
+    blocks: list[NDArray[np.float32]] = []
+    rows = 0
+    for number, text in _blocks(path, skip=1 if names else 0):
+        blocks.append(table.read(text, number))
+        rows += len(blocks[-1])
+        if rows * width * 4 > MAX_RECORDING_BYTES:
+            raise DataError(f"{path}: more than {MAX_RECORDING_BYTES} bytes as float32; cut it into several")
+    return np.concatenate(blocks) if blocks else np.empty((0, width - first), np.float32)
+
+
+def _blocks(path: Path, skip: int) -> Iterator[tuple[int, str]]:
+    """Whole lines, some MiB of them at once, each block with the number of its first line."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "no data": told as an error by the caller
-            rows = np.loadtxt(
-                path,
-                dtype=np.float32,
-                delimiter=delimiter,
-                skiprows=skip,
-                ndmin=2,
-                comments=None,
-                encoding="utf-8-sig",
-            )
-        return rows[:, first:]
+        with path.open(encoding="utf-8-sig") as file:
+            number = 1 + skip
+            for _ in range(skip):
+                file.readline(_LINE_CHARS)
+            while text := file.read(_BLOCK_CHARS):
+                ending = "" if text.endswith("\n") else file.readline(_LINE_CHARS)
+                if len(ending) == _LINE_CHARS:
+                    raise DataError(f"{path}: a line of more than {_LINE_CHARS} characters; is this a table?")
+                text += ending
+                yield number, text
+                number += text.count("\n")
     except (OSError, UnicodeDecodeError) as problem:
         raise DataError(f"{path}: not readable as text in UTF-8: {problem}") from None
-    except ValueError as problem:
-        # loadtxt knows neither empty cells nor dates in the time column; both are rare, so a slower reader is
-        # kept for them. What is neither empty nor a number stays an error (genfromtxt would make it NaN).
-        return _read_csv_slowly(path, delimiter, skip, range(first, width), str(problem))
 
 
-def _read_csv_slowly(
-    path: Path, delimiter: str, skip: int, columns: range, complaint: str
-) -> NDArray[np.float32]:
-    rows: list[list[float]] = []
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
-            if number <= skip or not line.strip():
+class _Table:
+    """Reads lines as numbers. What it met in the lines before, it expects in the next."""
+
+    def __init__(self, path: Path, delimiter: str, width: int, first: int) -> None:
+        """`width` columns, those before `first` are left out."""
+        self._path, self._delimiter, self._width, self._first = path, delimiter, width, first
+        self._ways = [self._plain, self._filled, self._without_blanks]
+        rest = f"[\\n{delimiter}]"
+        self._blank = re.compile(rf"(?<={rest})[^\S\n{delimiter}]+(?={rest})")
+
+    def read(self, text: str, number: int) -> NDArray[np.float32]:
+        """[lines, columns]; `number` is that of the first line. Raises DataError."""
+        if text.isspace():
+            return np.empty((0, self._width - self._first), np.float32)
+        for way in tuple(self._ways):
+            with suppress(ValueError):
+                return self._numbers(way(text).split("\n"))
+            if len(self._ways) > 1:
+                del self._ways[0]
+        return self._cell_by_cell(text, number)
+
+    def _numbers(self, lines: list[str]) -> NDArray[np.float32]:
+        """Raises ValueError for lines that are not all numbers, as many in each."""
+        columns = None
+        if self._first and not _is_number(lines[0].partition(self._delimiter)[0]):  # times as dates
+            columns = range(self._first, self._width)
+            lines = [line for line in lines if line]
+            if any(line.count(self._delimiter) != self._width - 1 for line in lines):
+                raise ValueError
+        rows = np.loadtxt(
+            lines, np.float32, comments=None, delimiter=self._delimiter, usecols=columns, ndmin=2
+        )
+        if columns is None and rows.shape[1] != self._width:
+            raise ValueError
+        return rows if columns is not None else rows[:, self._first :]
+
+    def _plain(self, text: str) -> str:
+        return text
+
+    def _filled(self, text: str) -> str:
+        """With `nan` in the empty cells of lines that have more than one cell."""
+        mark, text = self._delimiter, f"\n{text}\n"
+        for _ in range(2):  # the second of two empty cells begins where the first one ended
+            text = text.replace(mark * 2, f"{mark}nan{mark}")
+        return text.replace(f"\n{mark}", f"\nnan{mark}").replace(f"{mark}\n", f"{mark}nan\n").strip("\n")
+
+    def _without_blanks(self, text: str) -> str:
+        """The same where a cell of blanks is empty, too."""
+        return self._filled(self._blank.sub("", f"\n{text}\n"))
+
+    def _cell_by_cell(self, text: str, first: int) -> NDArray[np.float32]:
+        """For forms that are rare, and to say where it is that something is wrong."""
+        values = array("f")
+        for number, line in enumerate(text.split("\n"), start=first):
+            if not line or line.isspace():
                 continue
-            cells = line.rstrip("\r\n").split(delimiter)
-            if len(cells) != columns.stop:
-                raise DataError(f"{path}:{number}: found {len(cells)} columns, expected {columns.stop}")
-            try:
-                rows.append([float(cell) if cell.strip() else np.nan for cell in cells[columns.start :]])
-            except ValueError:
-                raise DataError(f"{path}:{number}: {complaint}; expected numbers or empty cells") from None
-    return np.array(rows, dtype=np.float32).reshape(len(rows), len(columns))
+            cells = line.split(self._delimiter)
+            if len(cells) != self._width:
+                raise DataError(f"{self._path}:{number}: found {len(cells)} columns, expected {self._width}")
+            values.extend(_number(cell, f"{self._path}:{number}") for cell in cells[self._first :])
+        return np.array(values, np.float32).reshape(-1, self._width - self._first)
+
+
+def _number(cell: str, where: str) -> float:
+    if not cell or cell.isspace():
+        return math.nan
+    with suppress(ValueError):
+        if "_" not in cell:  # Python's own way to write a number
+            return float(cell)
+    shown = cell if len(cell) <= 40 else cell[:37] + "..."
+    raise DataError(f"{where}: found {shown!r}, expected a number or an empty cell")
 
 
 def _sniff(path: Path) -> tuple[str, list[str], int]:
     """The delimiter, the header's names ([] without a header) and the number of columns."""
     try:
         with path.open(encoding="utf-8-sig") as file:
-            line = file.readline(_SNIFF_BYTES)
+            line = file.readline(_LINE_CHARS)
     except (OSError, UnicodeDecodeError) as problem:
         raise DataError(f"{path}: not readable as text in UTF-8: {problem}") from None
+    if len(line) == _LINE_CHARS:
+        raise DataError(f"{path}: a line of more than {_LINE_CHARS} characters; is this a table?")
     if not line.strip():
         raise DataError(f"{path}: the first line is empty, expected a header or the first sample")
     # A comma may stand inside a number or a unit, a tab or a semicolon does not: those are believed first.

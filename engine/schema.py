@@ -7,16 +7,16 @@ what was expected. Knows nothing of any particular schema.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from engine.documents import load_yaml
 from engine.errors import ConfigError, OnsetError
-
-MAX_CONFIG_BYTES = 4 * 1024 * 1024
+from engine.redaction import is_secret_name, learn, redacted
 
 
 class Strict(BaseModel):
@@ -24,6 +24,10 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
+
+# What is shown of a wrong configuration: a key as keys look, a value as those of choices and numbers look.
+_KEY = re.compile(r"[A-Za-z_][A-Za-z_-]{0,39}[0-9]{0,3}")
+_WORD = re.compile(r"[a-z]{1,16}([-_ ][a-z]{1,16})?|[a-z]{2}[0-9]{1,2}|[-+.:0-9]{0,20}")
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -36,8 +40,9 @@ def parse(model: type[ModelT], values: object, origin: str, error: type[OnsetErr
     try:
         return model.model_validate(values)
     except ValidationError as problem:
+        learn(values)
         lines = [_sentence(model, dict(item)) for item in problem.errors()]
-        raise error(f"{origin}: " + "; ".join(lines)) from None
+        raise error(redacted(f"{origin}: " + "; ".join(lines))) from None
 
 
 def as_tuple(value: Any) -> Any:
@@ -45,29 +50,10 @@ def as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def load_yaml(path: Path) -> Any:
-    """Read one YAML document of at most 4 MiB, without constructing Python objects.
-
-    Raises ConfigError when the file is missing, too large or not YAML.
-    """
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes; this is not a configuration")
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
-    except yaml.MarkedYAMLError as problem:
-        # Its own words quote the line, which may be the one with a password.
-        mark = problem.problem_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: not readable as YAML: {problem.problem}") from None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
-        raise ConfigError(f"{path}: not readable as YAML: {problem}") from None
-
-
 def load_config(model: type[ModelT], path: Path) -> ModelT:
     """Read a YAML file as `model`; ConfigError names the file, the key and the nearest right key."""
     values = load_yaml(path)
+    learn(values)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: found {type(values).__name__}, expected a mapping of keys to values")
     return parse(model, values, str(path))
@@ -85,6 +71,9 @@ def _sentence(model: type[BaseModel], item: dict[str, Any]) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
+        if not _KEY.fullmatch(location[-1]):  # a value, perhaps: a colon, or the blank behind it, is missing
+            location[-1] = f"a text of {len(location[-1])} characters"
+            key = ".".join(location)
         return f"`{key}` is not a key here{nearest(location[-1], _keys_at(model, location[:-1]))}"
     if item["type"] == "missing":
         return f"`{key}` is missing"
@@ -93,12 +82,16 @@ def _sentence(model: type[BaseModel], item: dict[str, Any]) -> str:
 
 
 def _shown(item: dict[str, Any], key: str) -> str:
-    """What was found at `key`, cut short; nothing of what is, or may hold, a password."""
+    """What was found at `key`: its type, and of what can hardly be a secret the value."""
     found = item.get("input")
-    if isinstance(found, (dict, list, tuple, BaseModel)) or item["type"] == "model_type" or "password" in key:
-        return type(found).__name__
-    shown = repr(found)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+    if not is_secret_name(key):
+        if found is None or isinstance(found, (bool, float)):
+            return repr(found)
+        if isinstance(found, int) and found.bit_length() <= 64:
+            return str(found)
+        if isinstance(found, str) and _WORD.fullmatch(found):
+            return repr(found)
+    return f"a text of {len(found)} characters" if isinstance(found, str) else type(found).__name__
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:

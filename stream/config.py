@@ -5,6 +5,7 @@ Relative paths in a file are relative to the folder of that file.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +14,14 @@ from pydantic import Field, field_validator, model_validator
 
 from engine.choice import EngineSettings
 from engine.errors import ConfigError
-from engine.manifest import Decoding
+from engine.manifest import GRAPH, MANIFEST, NMS, Decoding
 from engine.schema import Strict, load_config, parse
 from stream.dead_letters import DeadLetterSettings
 from stream.health import HttpSettings
 from stream.kafka_sink import KafkaSinkSettings
 from stream.kafka_source import KafkaSourceSettings
 from stream.logs import LogFormat
+from stream.spool_file import SPOOL_SUFFIXES
 from stream.zmq_settings import ZmqSettings
 
 
@@ -125,25 +127,81 @@ class ServiceConfig(RuntimeSettings):
 
 def load_service_config(path: Path) -> ServiceConfig:
     """Read a service's YAML; ConfigError names the file, the key and the nearest right key."""
-    config = load_config(ServiceConfig, path)
-    folder = path.resolve().parent
+    config = _below(path.resolve().parent, load_config(ServiceConfig, path))
+    _check_files(config, path)
+    return config
+
+
+def _below(folder: Path, config: ServiceConfig) -> ServiceConfig:
+    """The same, with relative paths relative to `folder`."""
     zmq, kafka, letters = config.source.zmq, config.source.kafka, config.dead_letters
     return config.model_copy(
         update={
             "bundle": folder / config.bundle,
-            "sinks": tuple(_below(folder, sink) for sink in config.sinks),
+            "sinks": tuple(
+                sink.model_copy(
+                    update={
+                        "file": sink.file and folder / sink.file,
+                        "kafka": sink.kafka and sink.kafka.relative_to(folder),
+                    }
+                )
+                for sink in config.sinks
+            ),
             "source": Source(zmq=zmq and zmq.relative_to(folder), kafka=kafka and kafka.relative_to(folder)),
             "dead_letters": letters.model_copy(update={"file": letters.file and folder / letters.file}),
         }
     )
 
 
-def _below(folder: Path, sink: Sink) -> Sink:
-    return Sink(
-        file=sink.file and folder / sink.file,
-        stdout=sink.stdout,
-        kafka=sink.kafka and sink.kafka.relative_to(folder),
-    )
+def _check_files(config: ServiceConfig, path: Path) -> None:
+    """Raise ConfigError where two things would write to one file, or one to a file that another reads."""
+    written: dict[str, list[Path]] = {}
+    for number, sink in enumerate(config.sinks):
+        if sink.file is not None:
+            written[f"sinks.{number}.file"] = [sink.file]
+        if sink.kafka is not None:
+            written[f"sinks.{number}.kafka.spool"] = [
+                sink.kafka.spool.with_name(sink.kafka.spool.name + suffix) for suffix in SPOOL_SUFFIXES
+            ]
+    if config.dead_letters.file is not None:
+        written["dead_letters.file"] = [config.dead_letters.file, Path(f"{config.dead_letters.file}.1")]
+    read = {f"a file of the bundle ({name})": config.bundle / name for name in (MANIFEST, GRAPH, NMS)}
+    read["this configuration"] = path
+    read |= _paths_in(config.source, "source")
+    for number, sink in enumerate(config.sinks):
+        if sink.kafka is not None:
+            read |= _paths_in(sink.kafka.connection, f"sinks.{number}.kafka.connection")
+    owners = {_identity(file): what for what, file in read.items()}
+    for key, files in written.items():
+        for file in files:
+            if file.exists() and not file.is_file():
+                continue  # a device or a pipe may be shared
+            other = owners.setdefault(_identity(file), f"`{key}`")
+            if other != f"`{key}`":
+                raise ConfigError(
+                    f"{path}: `{key}` writes to {file}, which is {other}; give each its own file"
+                )
+
+
+def _paths_in(settings: Strict, prefix: str) -> dict[str, Path]:
+    """Every path in `settings`, by its key."""
+    found: dict[str, Path] = {}
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, Strict):
+            found |= _paths_in(value, f"{prefix}.{name}")
+        elif isinstance(value, Path):
+            found[f"`{prefix}.{name}`"] = value
+    return found
+
+
+def _identity(file: Path) -> object:
+    """What two names of one file have in common, whether it is there or not."""
+    try:
+        state = file.stat()
+        return state.st_dev, state.st_ino
+    except OSError:
+        return os.path.realpath(file)
 
 
 def overridden(decoding: Decoding, values: Mapping[str, Any], origin: str) -> Decoding:

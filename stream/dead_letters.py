@@ -17,6 +17,7 @@ import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +27,7 @@ from pydantic import Field, model_validator
 from engine.errors import ConfigError
 from engine.schema import Strict
 from stream.counters import Counters
+from stream.private_files import open_private, tighten
 from stream.throttle import Throttle
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ _MAX_WORDS = 1024
 class DeadLetterSettings(Strict):
     """What becomes of messages that cannot be read; without a place they are counted and forgotten."""
 
-    file: Path | None = Field(default=None, description="JSON lines; the full file becomes NAME.1")
+    file: Path | None = Field(default=None, description="JSON lines, mode 0600; the full file becomes NAME.1")
     kafka_topic: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9._-]{1,249}$",
@@ -129,7 +131,8 @@ class FileDeadLetters:
     """JSON lines of time, reason, why, origin, size and data (base64), in a file that stays bounded.
 
     Data above 64 KiB is cut, and its SHA-256 told. When the file would grow beyond `max_bytes` it becomes
-    `NAME.1`, in place of the one before. A line without `data` says how many letters were not kept.
+    `NAME.1`, in place of the one before. A line without `data` says how many letters were not kept. Both
+    files are their owner's alone (mode 0600): a letter holds what somebody sent, perhaps by mistake.
     """
 
     def __init__(
@@ -148,6 +151,9 @@ class FileDeadLetters:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
+            for part in (path, Path(f"{path}.1")):
+                with suppress(FileNotFoundError):
+                    tighten(part)
         except OSError as problem:
             raise ConfigError(f"{path}: cannot be written: {problem.strerror or problem}") from None
 
@@ -210,8 +216,7 @@ class FileDeadLetters:
 
     def _open(self) -> None:
         # Not to block: a pipe that nobody empties is one more disk that is full.
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-        self._file = os.open(self._path, flags, 0o666)
+        self._file = open_private(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK)
         state = os.fstat(self._file)
         self._size, self._regular = state.st_size, stat.S_ISREG(state.st_mode)
         self._torn = self._regular and self._size > 0 and os.pread(self._file, 1, self._size - 1) != b"\n"

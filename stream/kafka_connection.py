@@ -19,6 +19,7 @@ from kafka import errors
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 
 from engine.errors import ConfigError
+from engine.redaction import hide, redacted
 from engine.schema import Strict, as_tuple
 
 # What goes wrong is raised, and told here in one sentence; the client's own log would tell each attempt.
@@ -61,7 +62,12 @@ class Sasl(Strict):
         return self
 
     def secret(self) -> str:
-        """The password. Raises ConfigError when it is not where it is said to be."""
+        """The password, which no log shows from now on. Raises ConfigError when it cannot be had."""
+        password = self._password()
+        hide(password)
+        return password
+
+    def _password(self) -> str:
         if self.password is not None:
             return self.password.get_secret_value()
         if self.password_env is not None:
@@ -226,5 +232,5 @@ def _is_loopback(host: str) -> bool:
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.split())
+    line = " ".join(redacted(text).split())
     return line if len(line) <= 200 else line[:197] + "..."

@@ -13,6 +13,7 @@ from stream.config import Sink
 from stream.counters import Counters
 from stream.events import Event
 from stream.kafka_sink import KafkaSink
+from stream.private_files import open_private
 
 
 class EventWriter(Protocol):
@@ -56,10 +57,14 @@ def standard_output() -> LineWriter:
 
 
 class AppendingFile(LineWriter):
-    """A file that grows: what a service writes. Raises ConfigError when it cannot be opened."""
+    """A file that grows: what a service writes. Raises ConfigError when it cannot be opened.
+
+    A new file is its owner's alone (mode 0600), since events say who did what and when; the mode of one
+    that is there is left to whoever set it.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = _opened(path, "a+b")
+        self._file = _opened(path, "a+b", private=True)
         super().__init__(self._file, str(path))
         # A process that was killed may have left half a line; the next event must not become a part of it.
         if self._file.seek(0, os.SEEK_END):
@@ -123,9 +128,10 @@ def _open_sink(sink: Sink, counters: Counters, patience: Callable[[], bool]) -> 
     return standard_output() if sink.file is None else AppendingFile(sink.file)
 
 
-def _opened(path: Path, mode: str) -> BinaryIO:
+def _opened(path: Path, mode: str, private: bool = False) -> BinaryIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open(mode)  # type: ignore[return-value]
+        opener = (lambda name, flags: open_private(Path(name), flags)) if private else None
+        return open(path, mode, opener=opener)  # type: ignore[return-value]
     except OSError as problem:
         raise ConfigError(f"{path}: cannot be written: {problem.strerror or problem}") from None

@@ -1,30 +1,23 @@
 """The spool: records that wait on disk until a broker has them. A queue in one SQLite file, for one process.
 
 What `append` has returned for is on the disk: it outlives this process, and a power failure. Knows nothing of
-Kafka; thread-safe.
-
-A file that turns out to be damaged when it is opened is set aside under another name, not deleted.
+Kafka; thread-safe. How its file is made, recognised, and set aside where it is damaged: `stream.spool_file`.
 """
 
 from __future__ import annotations
 
-import logging
 import sqlite3
 import threading
-import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgpack
 
-from engine.errors import ConfigError, OnsetError
+from engine.errors import OnsetError
 from stream.cloudevents import Record
+from stream.spool_file import close_spool, open_spool
 
-log = logging.getLogger(__name__)
-
-_VERSION = 1
 # How many more bytes a row takes than its record: a rowid, a header, its share of a page.
 _ROW_BYTES = 16
 _BEYOND = 2**63 - 1
@@ -44,24 +37,12 @@ class Spool:
         """Open `path`, or make it; holds `max_bytes` of records (the file may be some pages larger).
 
         Raises ConfigError where another process has it open, where it cannot be written, or where it is the
-        file of something else.
+        file of something else. The file is its owner's alone: mode 0600.
         """
         self._path, self._max_bytes = path, max_bytes
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = self._open()
-        except sqlite3.OperationalError as problem:
-            if "locked" in str(problem):
-                raise ConfigError(f"{path}: another process has this spool open; give each its own") from None
-            raise ConfigError(f"{path}: the spool cannot be opened: {problem}") from None
-        except sqlite3.DatabaseError as problem:
-            self._set_aside(problem)
-            self._database = self._open()
-        except OSError as problem:
-            raise ConfigError(f"{path}: the spool cannot be opened: {problem.strerror}") from None
-        self.id: str = self._database.execute("SELECT id FROM spool").fetchone()[0]
+        self._database, self.id = open_spool(path)
         self._count, self._bytes = self._measure("")
 
     def append(self, records: Sequence[Record], drop_oldest: bool = False) -> int:
@@ -112,55 +93,7 @@ class Spool:
     def close(self) -> None:
         """Close the file; another process may open it."""
         with self._lock:
-            self._database.close()
-
-    def _open(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self._path, timeout=0.5, isolation_level=None, check_same_thread=False)
-        try:
-            # The first transaction takes the lock; it is held until the file is closed, or its process dies.
-            database.execute("PRAGMA locking_mode = EXCLUSIVE")
-            database.execute("PRAGMA journal_mode = WAL")
-            # With NORMAL a commit would not wait for the disk, and a power failure would take the newest
-            # events with it. FULL costs one fsync for each step that has events.
-            database.execute("PRAGMA synchronous = FULL")
-            database.execute("BEGIN EXCLUSIVE")
-            (tables,) = database.execute("SELECT count(*) FROM sqlite_master").fetchone()
-            if not tables:
-                # AUTOINCREMENT: the position of a record that is gone does not come again.
-                database.execute(
-                    "CREATE TABLE records (position INTEGER PRIMARY KEY AUTOINCREMENT, record BLOB NOT NULL)"
-                )
-                database.execute("CREATE TABLE spool (id TEXT NOT NULL)")
-                database.execute("INSERT INTO spool VALUES (?)", (uuid.uuid4().hex,))
-                database.execute(f"PRAGMA user_version = {_VERSION}")
-            database.execute("COMMIT")
-            (version,) = database.execute("PRAGMA user_version").fetchone()
-            if version != _VERSION:
-                raise ConfigError(
-                    f"{self._path}: version {version} of a spool, or no spool; this Onset writes version "
-                    f"{_VERSION}: name another file"
-                )
-            (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
-            if verdict != "ok":
-                raise sqlite3.DatabaseError(verdict)
-        except BaseException:
-            database.close()
-            raise
-        return database
-
-    def _set_aside(self, problem: Exception) -> None:
-        aside = self._path.with_name(f"{self._path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}")
-        for suffix in ("", "-wal", "-shm"):
-            part = self._path.with_name(self._path.name + suffix)
-            if part.exists():
-                part.replace(aside.with_name(aside.name + suffix))
-        log.error(
-            "%s: the spool is damaged (%s) and was set aside as %s; events in it were not sent. "
-            "A new one begins.",
-            self._path,
-            problem,
-            aside.name,
-        )
+            close_spool(self._path, self._database)
 
     def _measure(self, where: str, *values: int) -> tuple[int, int]:
         count, size = self._database.execute(
@@ -188,7 +121,12 @@ class Spool:
     def _unpacked(self, position: int, data: bytes) -> Record:
         try:
             key, value, headers = msgpack.unpackb(data)
-            return Record(key, value, [(name, content) for name, content in headers])
+            pairs = [(name, content) for name, content in headers]
+            if not (isinstance(key, bytes) and isinstance(value, bytes)) or any(
+                not (isinstance(name, str) and isinstance(content, bytes)) for name, content in pairs
+            ):
+                raise TypeError
+            return Record(key, value, pairs)
         except (ValueError, TypeError, msgpack.UnpackException):
             raise OnsetError(
                 f"{self._path}: record {position} is damaged; move the file away, and a new spool begins"

@@ -16,6 +16,7 @@ import zmq
 from zmq.utils import z85
 
 from engine.errors import ConfigError
+from engine.redaction import hide
 
 # Characters of Z85, "#" among them: hence a comment is told by the blank behind it.
 _KEY = re.compile(rb"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
@@ -75,6 +76,7 @@ def read_secret(path: Path) -> KeyPair:
             f"secret key; chmod 600 {path}, or make a new one if it was seen"
         )
     if len(lines) == 1 and _is_key(lines[0]):
+        hide(lines[0].decode("ascii"))
         return KeyPair(zmq.curve_public(lines[0]), lines[0])
     raise ConfigError(f"{path}: expected one secret key of 40 characters, as `onset keys` writes it")
 

@@ -13,12 +13,16 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from engine import ConfigError
 from engine.schema import parse
 from stream import health as module
 from stream.counters import Counters
+from stream.exposition import Exposition
 from stream.health import Health, HealthServer, HttpSettings
 
 FREE = HttpSettings(address="127.0.0.1:0")
@@ -283,19 +287,15 @@ def test_no_request_is_logged_or_brings_the_server_down(request_: bytes) -> None
 
 
 def test_scrapes_and_the_loop_do_not_disturb_each_other(server: HealthServer, counters: Counters) -> None:
-    done = threading.Event()
-
     def count() -> None:
         for number in range(60_000):
             counters.refused.labels(f"reason {number % 500}").inc()
             counters.step_seconds.observe(0.01)
-        done.set()
 
     thread = threading.Thread(target=count)
     thread.start()
-    last, more = 0.0, True
-    while more:
-        more = not done.is_set()
+    last = 0.0
+    while last < 60_000:  # what was rendered before the end is soon too old
         values = [
             sample.value
             for family in text_string_to_metric_families(ask(server, "/metrics")[2])
@@ -306,6 +306,69 @@ def test_scrapes_and_the_loop_do_not_disturb_each_other(server: HealthServer, co
         last = values[0]
     thread.join()
     assert last == 60_000
+
+
+class Rendered(Collector):
+    """Counts how often it is collected, which takes so many seconds of a clock."""
+
+    def __init__(self, clock: Clock, seconds: float = 0.0) -> None:
+        self.clock, self.seconds, self.times = clock, seconds, 0
+
+    def collect(self) -> Iterator[Metric]:
+        self.times += 1
+        self.clock.now += self.seconds
+        yield GaugeMetricFamily("times", "of rendering", value=self.times)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_metrics_are_rendered_for_all_at_once_and_take_a_bounded_share_of_the_time(
+    clock: Clock, seconds: float
+) -> None:
+    registry = CollectorRegistry()
+    rendered = Rendered(clock, seconds)
+    registry.register(rendered)
+    rendered.times, clock.now = 0, 0.0  # it is collected once to be registered
+    exposition = Exposition(registry, clock)
+    accepted = [
+        "",
+        "text/plain;version=1.0.0;escaping=dots",
+        "application/openmetrics-text;version=1.0.0",
+        "*/*",
+    ]
+    accepted += [f"application/openmetrics-text;version=0.0.{n};escaping=values" for n in range(20)]
+    for _ in range(200):
+        for accept in accepted:
+            exposition.text(accept)
+    assert rendered.times == 2  # of each format one
+    while clock.now < 1000:
+        clock.now += 0.1
+        exposition.text("")
+    assert 2 * seconds + rendered.times * seconds < 1000 / 15
+    assert rendered.times > 40
+
+
+def test_a_flood_of_scrapes_is_rendered_a_few_times(health: Health) -> None:
+    registry = CollectorRegistry()
+    rendered = Rendered(Clock())
+    registry.register(rendered)
+    began = time.monotonic()
+    with HealthServer(FREE, health, registry) as server:
+        for _ in range(150):
+            assert "times" in ask(server, "/metrics")[2]
+    assert rendered.times <= 2 + time.monotonic() - began
+
+
+@pytest.mark.parametrize("path", ["/live", "/ready", "/nothing"])
+def test_a_flood_of_probes_is_answered_at_a_bounded_rate(
+    server: HealthServer, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_RATE", 50)
+    monkeypatch.setattr(module, "_BURST", 10)
+    ask(server, path)
+    began = time.monotonic()
+    for _ in range(40):
+        ask(server, path)
+    assert time.monotonic() - began > (40 - 10 - 1) / 50 - 0.05  # unbounded: some 0.04 s
 
 
 def test_an_address_in_use_is_refused_with_a_sentence(server: HealthServer, health: Health) -> None:

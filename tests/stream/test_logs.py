@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine import redaction
 from stream import logs
 from stream.logs import LogFormat
 
@@ -20,7 +21,7 @@ log = logging.getLogger("stream.somewhere")
 
 @pytest.fixture(autouse=True)
 def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(logs, "_hidden", set())
+    monkeypatch.setattr(redaction, "_hidden", redaction.Hidden())
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     root.handlers.clear()  # pytest's own, which `setup` would close
@@ -98,7 +99,7 @@ def test_no_line_of_an_exception_can_pass_for_an_entry() -> None:
 def test_a_hidden_secret_leaves_neither_in_a_message_nor_in_an_exception(
     format: LogFormat, secret: str
 ) -> None:
-    logs.hide(secret)
+    redaction.hide(secret)
     for form in (secret, repr(secret), json.dumps({"password": secret})):
         line = written(format, "login with %s refused", form, fault=raised(f"with {form} and {secret}"))
         assert line.count("***") == 3
@@ -107,7 +108,7 @@ def test_a_hidden_secret_leaves_neither_in_a_message_nor_in_an_exception(
 
 
 def test_what_is_hidden_may_contain_what_is_hidden() -> None:
-    logs.hide("abc")
-    logs.hide("abcdef")
-    logs.hide("")
+    redaction.hide("abc")
+    redaction.hide("abcdef")
+    redaction.hide("")
     assert written("text", "<abcdef> <abc>").endswith("<***> <***>\n")

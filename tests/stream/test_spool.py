@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import random
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from engine import ConfigError
+from engine import ConfigError, OnsetError
 from stream.cloudevents import Record
 from stream.spool import Spool, SpoolFull
+from stream.spool_file import APPLICATION_ID
 
 ROOT = Path(__file__).resolve().parents[2]
 PLENTY = 10**9
@@ -127,26 +132,23 @@ except ConfigError as problem:
     assert not list(tmp_path.glob("*damaged*"))
 
 
-@pytest.mark.parametrize("damage", ["garbage", "a page in the middle", "empty header"])
-def test_a_damaged_file_is_set_aside_and_a_new_one_begins(
-    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "spool.db"
+def damaged_behind_its_first_page(path: Path) -> bytes:
     spool = Spool(path, PLENTY)
     spool.append(records(0, 500, size=100))
-    identity = spool.id
     spool.close()
     data = bytearray(path.read_bytes())
-    if damage == "garbage":
-        data = bytearray(b"this is no database" * 500)
-    elif damage == "empty header":
-        data[:100] = bytes(100)
-    else:
-        data[4096 * 5 : 4096 * 8] = b"\xa5" * (3 * 4096)
+    data[4096 * 5 : 4096 * 8] = b"\xa5" * (3 * 4096)
     path.write_bytes(data)
+    return bytes(data)
+
+
+def test_a_damaged_spool_is_set_aside_and_a_new_one_begins(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "spool.db"
+    data = damaged_behind_its_first_page(path)
     new = Spool(path, PLENTY)
     assert len(new) == 0
-    assert new.id != identity
     new.append(records(7, 1))
     assert numbers(new) == [7]
     (aside,) = tmp_path.glob("spool.db.damaged-*")
@@ -155,16 +157,182 @@ def test_a_damaged_file_is_set_aside_and_a_new_one_begins(
     assert aside.name in caplog.text
 
 
-def test_the_database_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "photos.db"
+def state_of(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """What is in a folder: name -> mode, inode, content."""
+    return {
+        entry.name: (
+            entry.lstat().st_mode,
+            entry.lstat().st_ino,
+            entry.read_bytes() if entry.is_file() else b"",
+        )
+        for entry in folder.iterdir()
+    }
+
+
+def text_file(path: Path) -> None:
+    path.write_text("events of this very service\n" * 1000)
+
+
+def empty_file(path: Path) -> None:
+    path.touch()
+
+
+def destroyed_header(path: Path) -> None:
+    data = damaged_behind_its_first_page(path)
+    path.write_bytes(bytes(100) + data[100:])
+
+
+def other_database(path: Path) -> None:
     with sqlite3.connect(path) as other:
         other.execute("CREATE TABLE photos (name TEXT)")
     other.close()
-    with pytest.raises(ConfigError, match="name another file"):
-        Spool(path, PLENTY)
-    with sqlite3.connect(path) as other:
-        assert other.execute("SELECT count(*) FROM photos").fetchone() == (0,)
+
+
+def other_database_in_wal_mode(path: Path) -> None:
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("PRAGMA journal_mode = WAL")
+    other.execute("CREATE TABLE records (position INTEGER PRIMARY KEY, record BLOB)")
+    other.execute("PRAGMA user_version = 1")
     other.close()
+
+
+def marked_database(path: Path) -> None:
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE records (x)")
+        other.execute("PRAGMA application_id = 1196444487")  # a GeoPackage
+    other.close()
+
+
+def damaged_other_database(path: Path) -> None:
+    other_database(path)
+    data = path.read_bytes()
+    path.write_bytes(data[:100] + b"\xa5" * (len(data) - 100))
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def dangling_link(path: Path) -> None:
+    path.symlink_to("elsewhere.db")
+
+
+def link_to_a_spool(path: Path) -> None:
+    Spool(path.with_name("real.db"), PLENTY).close()
+    path.symlink_to("real.db")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        text_file,
+        empty_file,
+        destroyed_header,
+        other_database,
+        other_database_in_wal_mode,
+        marked_database,
+        damaged_other_database,
+        folder,
+        pipe,
+        dangling_link,
+        link_to_a_spool,
+    ],
+)
+def test_what_is_no_spool_is_refused_and_left_as_it_is(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "spool.db")
+    before = state_of(tmp_path)
+    with pytest.raises(ConfigError, match=r"spool\.db: .*(name another file|expected a file)"):
+        Spool(tmp_path / "spool.db", PLENTY)
+    assert state_of(tmp_path) == before
+
+
+def test_a_spool_that_an_older_onset_did_not_mark_is_taken_and_marked(tmp_path: Path) -> None:
+    path = tmp_path / "spool.db"
+    code = f"""
+import msgpack, os, signal, sqlite3
+database = sqlite3.connect({str(path)!r}, isolation_level=None)
+database.execute("PRAGMA locking_mode = EXCLUSIVE")
+database.execute("PRAGMA journal_mode = WAL")
+database.execute("BEGIN EXCLUSIVE")
+database.execute("CREATE TABLE records (position INTEGER PRIMARY KEY AUTOINCREMENT, record BLOB NOT NULL)")
+database.execute("CREATE TABLE spool (id TEXT NOT NULL)")
+database.execute("INSERT INTO spool VALUES ('an id')")
+database.execute("PRAGMA user_version = 1")
+database.execute("COMMIT")
+database.execute("INSERT INTO records (record) VALUES (?)", (msgpack.packb([b"s", b"7", [("ce_id", b"x")]]),))
+os.kill(os.getpid(), signal.SIGKILL)  # all of it is in the -wal
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert int.from_bytes(path.read_bytes()[68:72], "big") == 0
+    spool = Spool(path, PLENTY)
+    assert (spool.id, numbers(spool)) == ("an id", [7])
+    spool.close()
+    assert int.from_bytes(path.read_bytes()[68:72], "big") == APPLICATION_ID
+    assert not list(tmp_path.glob("*damaged*"))
+
+
+def test_a_spool_is_its_owners_alone_and_one_that_is_not_is_tightened(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "spool.db"
+    before = os.umask(0)
+    try:
+        spool = Spool(path, PLENTY)
+        spool.append(records(0, 1))
+        assert {part.name: part.stat().st_mode & 0o777 for part in tmp_path.iterdir()} == {
+            "spool.db": 0o600,
+            "spool.db-wal": 0o600,
+        }
+        spool.close()
+        path.chmod(0o644)
+        again = Spool(path, PLENTY)
+        again.append(records(1, 1))
+        assert {part.stat().st_mode & 0o777 for part in tmp_path.iterdir()} == {0o600}
+        again.close()
+    finally:
+        os.umask(before)
+    assert "mode was 0644" in caplog.text
+
+
+def test_no_flipped_bit_ends_in_anything_but_a_spool_or_a_sentence(tmp_path: Path) -> None:
+    """A flip is found, refused by name, or in what nobody reads; what comes back has its form."""
+    path = tmp_path / "spool.db"
+    spool = Spool(path, PLENTY)
+    spool.append(records(0, 40, size=200))
+    spool.close()
+    data = path.read_bytes()
+    draw = random.Random(15)
+    outcomes: Counter[str] = Counter()
+    for number in range(120):
+        place = draw.randrange(100 if number % 3 == 0 else len(data))
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << draw.randrange(8)
+        home = tmp_path / str(number)
+        home.mkdir()
+        (home / "spool.db").write_bytes(flipped)
+        try:
+            spool = Spool(home / "spool.db", PLENTY)
+            try:
+                found = spool.peek(100)
+                spool.append(records(40, 1))
+                aside = any("damaged" in part.name for part in home.iterdir())
+                outcomes["aside" if aside else "read"] += 1
+                assert aside or len(found) in range(39, 42)
+            finally:
+                spool.close()
+        except ConfigError:
+            assert (home / "spool.db").read_bytes() == flipped
+            outcomes["refused"] += 1
+        except OnsetError:
+            outcomes["told"] += 1
+        for part in home.iterdir():
+            part.unlink()
+    assert outcomes["read"] > 20
+    assert outcomes["refused"] > 3
 
 
 def test_a_folder_that_cannot_be_written_is_a_configuration_error(tmp_path: Path) -> None:

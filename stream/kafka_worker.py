@@ -26,6 +26,7 @@ from stream.events import Event
 from stream.kafka_connection import explain
 from stream.kafka_delivery import open_delivery
 from stream.kafka_source import KafkaSource, KafkaSourceSettings
+from stream.listening import ListeningClock
 from stream.partition import Partition, check_marks, maker_of, warm_chunks
 from stream.runtime import Runtime
 from stream.surroundings import Surroundings
@@ -39,6 +40,9 @@ log = logging.getLogger(__name__)
 _POLL_SECONDS = 1.0
 _JOIN_SECONDS = 5.0
 _PAUSE_SECONDS = 1.0
+_LOG_APPEND_TIME = 1  # a record's timestamp type
+# What lies between two looks at the clocks without being a pause of this process: it waits for messages so long.
+_LONGEST_ROUND_SECONDS = 2 * _POLL_SECONDS
 
 
 class Stopped(Exception):
@@ -78,6 +82,11 @@ def work(config: ServiceConfig, settings: KafkaSourceSettings, around: Surroundi
         around.stop.wait(_PAUSE_SECONDS)
 
 
+def broker_time(record: Any) -> float | None:
+    """When its broker put a record there, seconds; None where the topic keeps its producer's clock instead."""
+    return record.timestamp / 1000 if record.timestamp_type == _LOG_APPEND_TIME else None
+
+
 class Worker:
     """One life of a worker: from joining the group to leaving it, or to the first failure."""
 
@@ -97,6 +106,7 @@ class Worker:
         self._offsets: dict[int, tuple[int, str]] = {}  # as they were committed last
         self._homes: dict[str, int] = {}  # stream -> its partition
         self._committed_at = time.monotonic()
+        self._listened = ListeningClock(_LONGEST_ROUND_SECONDS)
         self._runtime = self._new_runtime(session)
         self._source = KafkaSource(settings, self._wait, config.dead_letters.kafka_topic)
         try:
@@ -135,15 +145,18 @@ class Worker:
             self._counters.rebalances.inc()
         if polled.gained:
             self._take_up(polled.gained)
+        told: set[int] = set()
         for number, records in polled.records.items():
             self._check_hole(number, records[0].offset)
             self._read(number, records)
+            if broker_time(records[-1]) is not None:
+                told.add(number)
         for number, partition in self._partitions.items():
             position = self._source.position(number)
             self._check_hole(number, position)
             partition.reach(position)
         self._runtime.drain()
-        self._look_at_clocks(busy=polled.records.keys())
+        self._look_at_clocks(told)
         self._commit()
         replaying = [number for number, partition in self._partitions.items() if partition.is_replaying]
         missing = ""
@@ -171,10 +184,10 @@ class Worker:
         partition = self._partitions[number]
         limits = Limits.of(self.session.manifest.frame, self._kafka.max_message_bytes)
         for record in records:
-            message, timestamp = None, 0.0  # what cannot be read moves no clock either
+            message, timestamp = None, None  # what cannot be read moves no clock either
             try:
                 message = decode(record.value or b"", limits)
-                timestamp = record.timestamp / 1000
+                timestamp = broker_time(record)
                 home = self._homes.setdefault(message.stream, number)
                 if home != number:
                     raise WireError(
@@ -209,8 +222,9 @@ class Worker:
             self._delivery.tell(events)
             self._counters.observe_events(events, time.time())
 
-    def _look_at_clocks(self, busy: Collection[int]) -> None:
-        now = time.time()
+    def _look_at_clocks(self, told: Collection[int]) -> None:
+        """Lose streams that fell silent. `told`: partitions whose clock a broker has just set."""
+        seconds = self._listened.caught_up()
         for number, partition in self._partitions.items():
             if partition.is_replaying:
                 continue
@@ -218,14 +232,13 @@ class Worker:
             if lag is not None:
                 self._counters.lag_messages.labels(self._kafka.topic, str(number)).set(lag)
             partition.tick()
-            # The wall clock speaks only if nothing waits, and after a pause of this process much may.
+            # Listening means something only if nothing waits, and after a pause of this process much may.
             if (
-                number not in busy
+                number not in told
                 and lag == 0
-                and partition.is_silent(now)
-                and self._source.is_at_end(number)
+                and (not partition.is_silent(seconds) or self._source.is_at_end(number))
             ):
-                partition.tick(now)
+                partition.listen(seconds)
 
     def _commit(self, at_once: bool = False) -> None:
         now = time.monotonic()

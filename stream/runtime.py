@@ -74,7 +74,7 @@ class Runtime:
         )  # id -> epoch, one past its last sample
         self._refused: OrderedDict[str, None] = OrderedDict()
         self._opened = 0
-        self._throttle = Throttle(log, clock=clock)
+        self._throttle = Throttle(log)
 
     @property
     def streams(self) -> Sequence[str]:
@@ -164,6 +164,12 @@ class Runtime:
             stream = self._streams.get(name)
             if stream is not None and stream.is_settled:  # else the engine is behind, not the producer
                 self._look_at(stream, now)
+
+    def excuse(self, stream: str, now: float) -> None:
+        """Up to `now` (on the clock of `tick`) this stream was not silent, whatever had come of it."""
+        found = self._streams.get(stream)
+        if found is not None:
+            found.seen = max(found.seen, now)
 
     def is_silent(self, now: float, streams: Iterable[str]) -> bool:
         """Whether `tick` has something to do with any of these."""

@@ -17,6 +17,7 @@ from stream.config import ServiceConfig, overridden
 from stream.dead_letters import open_dead_letters
 from stream.events import Event
 from stream.inbox import Inbox
+from stream.listening import ListeningClock
 from stream.runtime import Runtime
 from stream.sinks import open_sinks
 from stream.surroundings import Surroundings
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 _RECEIVE_AT_ONCE = 256
 # How soon a signal or a silent stream is noticed when nothing arrives.
 _POLL_SECONDS = 0.1
+# Between two moments at which all that arrived was taken; what is longer was a pause of the service itself.
+_LONGEST_ROUND_SECONDS = 1.0
 # "What has arrived" ends at the first pause of this length, or after so long with a producer that goes on.
 # (Unbinding first would be no help: ZeroMQ then hangs up on those who are connected, unread bytes and all.)
 _DRAIN_PAUSE_SECONDS = 0.05
@@ -64,7 +67,8 @@ class Worker:
         self._sinks = open_sinks(config.sinks, around.counters, self._has_patience)
         self._letters = open_dead_letters(config.dead_letters, around.counters)
         decoding = overridden(session.manifest.decoding, config.decoding, "decoding")
-        self._runtime = Runtime(session, self._hear, config, around.counters, decoding)
+        self._listened = ListeningClock(min(_LONGEST_ROUND_SECONDS, config.idle_timeout / 4))
+        self._runtime = Runtime(session, self._hear, config, around.counters, decoding, clock=self._listened)
         self._bundle = session.manifest.id
         self._limits = Limits.of(session.manifest.frame, settings.max_message_bytes)
         self._inbox = Inbox(config.queue_bytes)
@@ -92,7 +96,7 @@ class Worker:
             source.wait(0.0 if busy else _POLL_SECONDS)
             self._receive(source)
             self._advance()
-            runtime.tick()
+            self._look_for_silence(source)
             if around.reload.is_due():
                 self._swap()
         log.info("stopping: %d streams are open", len(runtime.streams))
@@ -153,6 +157,14 @@ class Worker:
             while not self._runtime.ready(stream) and (message := self._inbox.take(stream)) is not None:
                 self._runtime.offer(message)
         self._runtime.run_ready()
+
+    def _look_for_silence(self, source: ZmqSource) -> None:
+        """Lose streams that sent nothing, where all that had arrived was taken: what waits is no silence."""
+        if self._inbox.is_full or source.wait(0.0):
+            return
+        self._listened.caught_up()
+        waiting = set(self._inbox.streams)
+        self._runtime.tick(streams=[name for name in self._runtime.streams if name not in waiting])
 
     def _hear(self, events: Sequence[Event]) -> None:
         self._sinks.write(events)

@@ -58,11 +58,20 @@ class Sink(Strict):
     file: Path | None = None
     stdout: bool = False
     kafka: KafkaSinkSettings | None = None
+    on_error: Literal["continue", "stop"] = Field(
+        default="continue", description="when it fails: the other sinks go on, or the service ends"
+    )
+    when_full: Literal["drop-oldest", "block"] = Field(
+        default="drop-oldest",
+        description="when 16384 events wait for it: the oldest are lost, or the service waits",
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Sink:
         if (self.file is not None) + self.stdout + (self.kafka is not None) != 1:
             raise ValueError("expected one of `kafka: {...}`, `file: PATH` and `stdout: true`")
+        if self.kafka is not None and "when_full" in self.model_fields_set:
+            raise ValueError("`when_full` of a kafka sink belongs to its spool: put it below `kafka`")
         return self
 
 
@@ -84,6 +93,12 @@ class ServiceConfig(RuntimeSettings):
     )
     queue_bytes: int = Field(
         default=64 * 1024 * 1024, ge=64 * 1024, le=1024**4, description="messages that wait for the engine"
+    )
+    grace: float = Field(
+        default=20.0,
+        ge=1,
+        le=3600,
+        description="seconds from SIGTERM to the end: half for what has arrived, half for sinks to take it",
     )
     watch_bundle: bool = Field(default=True, description="take the bundle anew when its files change")
     engine: EngineSettings = EngineSettings()
@@ -139,10 +154,11 @@ def load_service_config(path: Path) -> ServiceConfig:
 
 
 def _below(folder: Path, sink: Sink) -> Sink:
-    return Sink(
-        file=sink.file and folder / sink.file,
-        stdout=sink.stdout,
-        kafka=sink.kafka and sink.kafka.relative_to(folder),
+    return sink.model_copy(
+        update={
+            "file": sink.file and folder / sink.file,
+            "kafka": sink.kafka and sink.kafka.relative_to(folder),
+        }
     )
 
 

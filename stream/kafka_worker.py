@@ -41,7 +41,7 @@ _POLL_SECONDS = 1.0
 _JOIN_SECONDS = 5.0
 _PAUSE_SECONDS = 1.0
 _LOG_APPEND_TIME = 1  # a record's timestamp type
-# What lies between two looks at the clocks without being a pause of this process: it waits for messages so long.
+# Between two looks at the clocks; what is longer was a pause of this process.
 _LONGEST_ROUND_SECONDS = 2 * _POLL_SECONDS
 
 
@@ -83,7 +83,7 @@ def work(config: ServiceConfig, settings: KafkaSourceSettings, around: Surroundi
 
 
 def broker_time(record: Any) -> float | None:
-    """When its broker put a record there, seconds; None where the topic keeps its producer's clock instead."""
+    """When its broker put a record there, seconds; None where its producer says so (CreateTime)."""
     return record.timestamp / 1000 if record.timestamp_type == _LOG_APPEND_TIME else None
 
 

@@ -1,9 +1,9 @@
 """A clock for the silence of others: it goes on only while somebody listens.
 
-A stream is silent when nothing of it had arrived, not when a service did not look: one that stood still (a sink
-that blocked, a slow swap, a process that was stopped, a machine that slept) finds what came meanwhile only after
-it, and some producers, kept waiting themselves, come later still. So time counts from one moment at which all
-that had arrived was taken to the next one, and a pause between two such moments counts for `longest` at most. No
+A stream is silent when nothing of it had arrived, not when a service did not look: one that stood still (a
+sink that blocked, a slow swap, a stopped process, a machine that slept) finds what came meanwhile only after
+it, and producers that were kept waiting come later still. So time counts from one moment at which all that
+had arrived was taken to the next one, and a pause between two such moments counts for `longest` at most. No
 wall clock has a part in it. No I/O here.
 """
 

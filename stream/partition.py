@@ -6,9 +6,9 @@ Whoever reads calls `take` for each message in order, `reach` where there are no
 each commit; and asks `is_news` of each event.
 
 What a silence means follows from the log: the clock of a partition is the latest time at which its broker put
-a message there. At the end of the log it goes on with the seconds for which somebody listens there (`listen`),
-which is never more than the next message will say. No wall clock but the broker's has a part in it; that of
-producers has none, so that where a message brings only theirs (CreateTime), the clock goes by listening alone.
+a message there. At the end of the log it goes on with the seconds for which somebody listens there
+(`listen`), which is never more than the next message will say. No wall clock but the broker's has a part in
+it; producers' clocks have none: where a message brings only that (CreateTime), listening alone counts.
 What is read again is not judged again: whoever committed has found those streams alive.
 
 Lost, and said so: a stream whose messages are not there any more, or whose mark cannot be used. Its open

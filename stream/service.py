@@ -56,7 +56,7 @@ def serve(
             if on_ready is not None:
                 on_ready(where)
 
-        around = Surroundings(engine, counters, health, notifier, stop, reload, ready)
+        around = Surroundings(engine, counters, health, notifier, stop, reload, ready, config.grace)
         if config.source.kafka is not None:
             kafka_worker.work(config, config.source.kafka, around)
         elif config.source.zmq is not None:

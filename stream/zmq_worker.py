@@ -8,7 +8,6 @@ bounded rate and put aside. On SIGTERM or SIGINT it processes what has arrived, 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 
@@ -40,18 +39,21 @@ _LONGEST_ROUND_SECONDS = 1.0
 # (Unbinding first would be no help: ZeroMQ then hangs up on those who are connected, unread bytes and all.)
 _DRAIN_PAUSE_SECONDS = 0.05
 _DRAIN_SECONDS = 5.0
-# What a stop waits for a broker whose spool is full; systemd's patience (TimeoutStopSec) is longer.
-_LAST_SECONDS = 10.0
-# So long after the last wait for room a spool has some again; one that drains slowly has it now and then.
-_CALM_SECONDS = 5.0
 
 
 def work(config: ServiceConfig, settings: ZmqSettings, around: Surroundings) -> None:
     """Run until it is to stop. Raises BundleError or ConfigError before it is ready."""
     worker = Worker(config, settings, around)
-    with ZmqSource(settings, around.counters) as source:
-        worker.run(source)
-    worker.close()
+    try:
+        source = ZmqSource(settings, around.counters)
+    except BaseException:
+        worker.close()
+        raise
+    with source:
+        try:
+            worker.run(source)
+        finally:
+            worker.close()  # first: whatever becomes of the network, events leave
 
 
 class Worker:
@@ -60,8 +62,6 @@ class Worker:
     def __init__(self, config: ServiceConfig, settings: ZmqSettings, around: Surroundings) -> None:
         """Raises BundleError, ConfigError."""
         self._config, self._around, self._counters = config, around, around.counters
-        self._stopping_since = 0.0
-        self._waited_at = -math.inf  # for room in a spool
         session = around.engine()
         around.health.set("engine", True)
         self._sinks = open_sinks(config.sinks, around.counters, self._has_patience)
@@ -90,8 +90,8 @@ class Worker:
         around.ready(source.address)
         while not around.stop.is_set():
             around.beat()
-            if time.monotonic() - self._waited_at > _CALM_SECONDS:
-                around.health.set("sinks", True)
+            self._look_at_sinks()
+            self._sinks.check()
             busy = runtime.has_ready or len(self._inbox)
             source.wait(0.0 if busy else _POLL_SECONDS)
             self._receive(source)
@@ -100,19 +100,23 @@ class Worker:
             if around.reload.is_due():
                 self._swap()
         log.info("stopping: %d streams are open", len(runtime.streams))
-        deadline = time.monotonic() + _DRAIN_SECONDS
-        while source.wait(_DRAIN_PAUSE_SECONDS) and time.monotonic() < deadline:
+        until = min(time.monotonic() + _DRAIN_SECONDS, self._work_until)
+        while source.wait(_DRAIN_PAUSE_SECONDS) and time.monotonic() < until:
             self._receive(source)
             self._advance()
-        while len(self._inbox):
+        while len(self._inbox) and self._may_go_on():
             self._advance()
+        if left := len(self._inbox):
+            self._counters.dropped_messages.labels("stopped").inc(left)
+            log.error("%d messages had arrived and were not processed in time; raise `grace`", left)
         self._counters.queued_messages.set(0)
-        runtime.stop()
+        if not runtime.stop(may_go_on=self._may_go_on):
+            log.error("%d streams did not end in time; raise `grace`", len(runtime.streams))
 
     def close(self) -> None:
         """Hand over what the sinks still hold."""
         self._letters.close()
-        self._sinks.close()
+        self._sinks.close(min(self._around.deadline, time.monotonic() + self._around.grace))
 
     def _receive(self, source: ZmqSource) -> None:
         """Queue what has arrived, up to a bound; refuse what cannot be read."""
@@ -170,17 +174,23 @@ class Worker:
         self._sinks.write(events)
         self._counters.observe_events(events, time.time())
 
+    def _look_at_sinks(self) -> None:
+        trouble = self._sinks.trouble()
+        self._around.health.set("sinks", not trouble, trouble)
+
     def _has_patience(self) -> bool:
-        """Whether a full spool may make this wait for its broker: not for ever, once it is to stop."""
+        """Whether a full sink may make this wait: not for ever, once it is to stop."""
+        self._look_at_sinks()
+        return self._may_go_on()
+
+    def _may_go_on(self) -> bool:
         self._around.beat()
-        self._waited_at = time.monotonic()
-        self._around.health.set(
-            "sinks", False, "a spool is full: its broker takes events too slowly, or none at all"
-        )
-        if not self._around.stop.is_set():
-            return True
-        self._stopping_since = self._stopping_since or time.monotonic()
-        return time.monotonic() - self._stopping_since < _LAST_SECONDS
+        return time.monotonic() < self._work_until
+
+    @property
+    def _work_until(self) -> float:
+        """The other half of the grace is for the sinks."""
+        return self._around.deadline - self._around.grace / 2
 
     def _swap(self) -> None:
         """Go on with the bundle as it is now; with the old one, where the new cannot be used."""

@@ -181,6 +181,11 @@ class KafkaSource:
 
     def poll(self, seconds: float) -> Polled:
         """Wait for messages for so long, and a second more where nobody answers. Raises KafkaError."""
+        # kafka-python 3.0.12 forgets what it had fetched of a partition that was held, unless nothing is next
+        # in line; and what was next and is used up still is (look again when it changes).
+        fetcher = self._consumer._fetcher
+        if not fetcher._next_partition_records:
+            fetcher._next_partition_records = None
         found = self._consumer.poll(timeout_ms=round(1000 * seconds))
         if found:
             self._heard = time.monotonic()
@@ -226,9 +231,25 @@ class KafkaSource:
             )
         return found
 
+    @property
+    def is_rejoining(self) -> bool:
+        """The group is being joined anew, which goes on in `poll` alone, and takes it some time."""
+        return bool(self._consumer._coordinator.need_rejoin())
+
+    def hold(self, partition: int) -> None:
+        """Poll nothing of a partition, until it is released or sought in."""
+        self._consumer.pause(TopicPartition(self._settings.topic, partition))
+
+    def release(self, partition: int) -> None:
+        """Poll a partition again."""
+        place = TopicPartition(self._settings.topic, partition)
+        if place in self._consumer.paused():
+            self._consumer.resume(place)
+
     def seek(self, partition: int, offset: int) -> None:
         """Go on with the message at `offset`."""
         self._consumer.seek(TopicPartition(self._settings.topic, partition), offset)
+        self.release(partition)
         self._awaiting.discard(partition)
 
     def position(self, partition: int) -> int:

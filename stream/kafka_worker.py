@@ -33,7 +33,7 @@ from stream.kafka_source import KafkaSource, KafkaSourceSettings
 from stream.listening import ListeningClock
 from stream.partition import Partition, check_marks, maker_of, warm_chunks
 from stream.runtime import Runtime
-from stream.surroundings import Surroundings
+from stream.surroundings import Stopped, Surroundings
 from stream.throttle import Throttle
 from stream.wire import Limits, decode
 
@@ -58,15 +58,10 @@ _LOG_APPEND_TIME = 1  # a record's timestamp type
 _LONGEST_ROUND_SECONDS = 2 * _POLL_SECONDS
 
 
-class Stopped(Exception):
-    """The service is to stop while it waits for a broker."""
-
-
 def work(config: ServiceConfig, settings: KafkaSourceSettings, around: Surroundings) -> None:
     """Run until it is to stop. Raises ConfigError, when it starts, for what is wrong with `config`."""
     throttle = Throttle(log)
-    session = around.engine()
-    around.health.set("engine", True)
+    session = around.opened()
     identity = str(uuid.uuid4())
     is_new = True
     while not around.stop.is_set():
@@ -136,7 +131,7 @@ class Worker:
         """Until it is to stop. Raises KafkaError, DataError."""
         while not self._around.stop.is_set():
             self._round()
-            if self._around.reload.is_due():
+            if self._around.replacement.is_there():
                 self._swap()
         self._commit(at_once=True)
 
@@ -365,7 +360,7 @@ class Worker:
         self._around.notifier.reloading()
         try:
             try:
-                session = self._around.engine()
+                session = self._around.replacement.take()
                 self._runtime.check_swap(session)
                 runtime = self._new_runtime(session)
             except OnsetError as problem:
@@ -380,7 +375,7 @@ class Worker:
         try:
             self._commit(at_once=True)
         except KafkaError:
-            self._around.reload.request()  # the next life swaps it
+            self._around.replacement.request()  # the next life swaps it
             raise
         numbers = set(self._partitions)
         for partition in self._partitions.values():

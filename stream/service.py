@@ -20,8 +20,9 @@ from stream.config import ServiceConfig
 from stream.counters import Counters
 from stream.health import Health, HealthServer, HttpSettings
 from stream.notify import Notifier
+from stream.opening import Replacement
 from stream.reload import Reload
-from stream.surroundings import Surroundings
+from stream.surroundings import Stopped, Surroundings
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +57,16 @@ def serve(
             if on_ready is not None:
                 on_ready(where)
 
-        around = Surroundings(engine, counters, health, notifier, stop, reload, ready, config.grace)
-        if config.source.kafka is not None:
-            kafka_worker.work(config, config.source.kafka, around)
-        elif config.source.zmq is not None:
-            zmq_worker.work(config, config.source.zmq, around)
+        around = Surroundings(
+            engine, counters, health, notifier, stop, Replacement(engine, reload), ready, config.grace
+        )
+        try:
+            if config.source.kafka is not None:
+                kafka_worker.work(config, config.source.kafka, around)
+            elif config.source.zmq is not None:
+                zmq_worker.work(config, config.source.zmq, around)
+        except Stopped:
+            log.info("stopped while the bundle was being opened")
         notifier.stopping()
     log.info("stopped: %s", counters.summary())
     return counters

@@ -62,8 +62,7 @@ class Worker:
     def __init__(self, config: ServiceConfig, settings: ZmqSettings, around: Surroundings) -> None:
         """Raises BundleError, ConfigError."""
         self._config, self._around, self._counters = config, around, around.counters
-        session = around.engine()
-        around.health.set("engine", True)
+        session = around.opened()
         self._sinks = open_sinks(config.sinks, around.counters, self._has_patience)
         self._letters = open_dead_letters(config.dead_letters, around.counters)
         decoding = overridden(session.manifest.decoding, config.decoding, "decoding")
@@ -97,7 +96,7 @@ class Worker:
             self._receive(source)
             self._advance()
             self._look_for_silence(source)
-            if around.reload.is_due():
+            if around.replacement.is_there():
                 self._swap()
         log.info("stopping: %d streams are open", len(runtime.streams))
         until = min(time.monotonic() + _DRAIN_SECONDS, self._work_until)
@@ -196,7 +195,7 @@ class Worker:
         """Go on with the bundle as it is now; with the old one, where the new cannot be used."""
         self._around.notifier.reloading()
         try:
-            session = self._around.engine()
+            session = self._around.replacement.take()
             decoding = overridden(session.manifest.decoding, self._config.decoding, "decoding")
             self._runtime.swap(session, decoding)
             log.info("bundle %s takes over from %s", session.manifest.id, self._bundle)

@@ -92,7 +92,7 @@ def test_long_messages_are_worked_on_with_commits_and_signs_of_life_and_left_whe
 ) -> None:
     topics = {"frames": topic(1), "events": topic(1)}
     rng = np.random.default_rng(1)
-    size, count = 40_000, 60
+    size, count = 12_000, 120
     with closing(KafkaProducer(**kafka.client_settings(), compression_type="gzip")) as producer:
         for number in range(count):
             samples = np.zeros((size, 3), np.float32)

@@ -209,6 +209,7 @@ class KafkaSource:
         """
         settings = self._settings
         places = {partition: TopicPartition(settings.topic, partition) for partition in partitions}
+        self._wait()
         beginnings = self._consumer.beginning_offsets(list(places.values()))
         committed = {partition: self._committed(place) for partition, place in places.items()}
         ends = self._ends(list(places.values()))
@@ -309,6 +310,7 @@ class KafkaSource:
 
     def _ends(self, places: list[TopicPartition]) -> Mapping[TopicPartition, int]:
         """The ends of partitions, with what is not settled yet."""
+        self._wait()
         with closing(KafkaConsumer(**self._options, group_id=None, enable_auto_commit=False)) as plain:
             found: Mapping[TopicPartition, int] = plain.end_offsets(places)
         return found
@@ -353,6 +355,7 @@ class KafkaSource:
         known = KafkaAdminClient.DEFAULT_CONFIG
         with closing(KafkaAdminClient(**{k: v for k, v in self._options.items() if k in known})) as admin:
             there = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics()}
+            self._wait()
             wanted = {"topic": settings.topic, "events": settings.events, "dead_letters.kafka_topic": letters}
             for what, name in wanted.items():
                 if name is not None and not there.get(name):
@@ -365,6 +368,7 @@ class KafkaSource:
                 _create_state(admin, state, partitions)
             elif there[state] < partitions:
                 admin.create_partitions({state: partitions})
+            self._wait()
             _check_compacted(admin, state)
         return partitions
 

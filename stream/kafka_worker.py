@@ -87,7 +87,8 @@ def work(config: ServiceConfig, settings: KafkaSourceSettings, around: Surroundi
             if worker is not None:
                 session = worker.session
                 worker.close()
-        around.stop.wait(_PAUSE_SECONDS)
+        # Not `stop.wait`, which a signal handler that sets it could find locked.
+        time.sleep(0.0 if around.stop.is_set() else _PAUSE_SECONDS)
 
 
 def broker_time(record: Any) -> float | None:

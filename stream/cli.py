@@ -99,7 +99,7 @@ def run(
     settings = load_service_config(config)
     logs.setup(settings.log)
     reload = Reload(settings.bundle, settings.watch_bundle)
-    with stopped_by_signals(reload) as stop:
+    with stopped_by_signals(reload, settings.grace) as stop:
         serve(settings, stop, reload=reload)
 
 

@@ -60,11 +60,20 @@ class Sink(Strict):
     file: Path | None = None
     stdout: bool = False
     kafka: KafkaSinkSettings | None = None
+    on_error: Literal["continue", "stop"] = Field(
+        default="continue", description="when it fails: the other sinks go on, or the service ends"
+    )
+    when_full: Literal["drop-oldest", "block"] = Field(
+        default="drop-oldest",
+        description="when 16384 events wait for it: the oldest are lost, or the service waits",
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Sink:
         if (self.file is not None) + self.stdout + (self.kafka is not None) != 1:
             raise ValueError("expected one of `kafka: {...}`, `file: PATH` and `stdout: true`")
+        if self.kafka is not None and "when_full" in self.model_fields_set:
+            raise ValueError("`when_full` of a kafka sink belongs to its spool: put it below `kafka`")
         return self
 
 
@@ -86,6 +95,12 @@ class ServiceConfig(RuntimeSettings):
     )
     queue_bytes: int = Field(
         default=64 * 1024 * 1024, ge=64 * 1024, le=1024**4, description="messages that wait for the engine"
+    )
+    grace: float = Field(
+        default=20.0,
+        ge=1,
+        le=3600,
+        description="seconds from SIGTERM to the end: half for what has arrived, half for sinks to take it",
     )
     watch_bundle: bool = Field(default=True, description="take the bundle anew when its files change")
     engine: EngineSettings = EngineSettings()

@@ -34,6 +34,8 @@ class Counters:
         self.events = counter("events", "events that left, by type", ("type",))
         self.events_delivered = counter("events_delivered", "events that a Kafka has")
         self.events_dropped = counter("events_dropped", "events that a full spool dropped (when_full)")
+        self.sink_events_lost = counter("sink_events_lost", "events that a sink did not take", ("sink",))
+        self.sink_errors = counter("sink_errors", "attempts to write to a sink that failed", ("sink",))
         self.refused = counter("refused", "messages that were refused, by reason", ("reason",))
         self.repeated = counter("repeated_samples", "samples that had come before, dropped")
         self.late = counter("late_samples", "samples that came after they were given up, dropped")

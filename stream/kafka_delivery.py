@@ -20,7 +20,7 @@ from stream.cloudevents import record
 from stream.counters import Counters
 from stream.dead_letters import Headers
 from stream.events import Event
-from stream.kafka_producer import TransactionalProducer
+from stream.kafka_producer import TransactionalProducer, Wait, settle
 from stream.kafka_source import CONNECT_SECONDS, REQUEST_SECONDS, KafkaSource, KafkaSourceSettings
 
 State = tuple[int, bytes, bytes | None]
@@ -61,7 +61,12 @@ class _Committing:
     """What both ways have in common: the transaction that holds state and offsets."""
 
     def __init__(
-        self, settings: KafkaSourceSettings, source: KafkaSource, counters: Counters, identity: str
+        self,
+        settings: KafkaSourceSettings,
+        source: KafkaSource,
+        counters: Counters,
+        identity: str,
+        wait: Wait,
     ) -> None:
         """`identity`: this process's; what its producer before this one left under way is ended.
 
@@ -75,7 +80,9 @@ class _Committing:
             compression="gzip",
             timeout=settings.transaction_timeout,
             max_record_bytes=MAX_RECORD_BYTES,
+            wait=wait,
         )
+        self._wait = wait
 
     def _commit(
         self,
@@ -108,10 +115,15 @@ class Transactions(_Committing):
     """One transaction a commit, of all."""
 
     def __init__(
-        self, settings: KafkaSourceSettings, source: KafkaSource, counters: Counters, identity: str
+        self,
+        settings: KafkaSourceSettings,
+        source: KafkaSource,
+        counters: Counters,
+        identity: str,
+        wait: Wait,
     ) -> None:
         """Raises KafkaError."""
-        super().__init__(settings, source, counters, identity)
+        super().__init__(settings, source, counters, identity, wait)
         self._told: list[Event] = []
         self._letters: list[tuple[str, bytes | None, bytes, Headers]] = []
 
@@ -140,10 +152,15 @@ class Sends(_Committing):
     is_waiting = False
 
     def __init__(
-        self, settings: KafkaSourceSettings, source: KafkaSource, counters: Counters, identity: str
+        self,
+        settings: KafkaSourceSettings,
+        source: KafkaSource,
+        counters: Counters,
+        identity: str,
+        wait: Wait,
     ) -> None:
         """Raises KafkaError."""
-        super().__init__(settings, source, counters, identity)
+        super().__init__(settings, source, counters, identity, wait)
         self._futures: list[Any] = []
         self._producer = KafkaProducer(
             **settings.connection.client_options(),
@@ -174,7 +191,7 @@ class Sends(_Committing):
         deadline = time.monotonic() + _DELIVERY_SECONDS
         futures, self._futures = self._futures, []
         for future in futures:
-            future.get(timeout=max(0.0, deadline - time.monotonic()))
+            settle(future, deadline, self._wait)
         self._commit((), (), state, offsets)
 
     def close(self) -> None:
@@ -185,8 +202,13 @@ class Sends(_Committing):
 
 
 def open_delivery(
-    settings: KafkaSourceSettings, source: KafkaSource, counters: Counters, identity: str
+    settings: KafkaSourceSettings,
+    source: KafkaSource,
+    counters: Counters,
+    identity: str,
+    wait: Wait = lambda: None,
 ) -> Delivery:
-    """The delivery of a configuration. Raises KafkaError."""
+    """The delivery of a configuration; `wait` is called while a commit waits for brokers, and may raise to
+    give up. Raises KafkaError."""
     kind = Transactions if settings.delivery == "exactly-once" else Sends
-    return kind(settings, source, counters, identity)
+    return kind(settings, source, counters, identity, wait)

@@ -14,7 +14,7 @@ has the broker end what was under way. Whether that was committed only a committ
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -31,6 +31,9 @@ _CONNECT_SECONDS = 5.0
 _REQUEST_SECONDS = 10.0
 _TRANSACTION_SECONDS = 15.0
 _CLOSE_SECONDS = 1.0
+_LOOK_SECONDS = 1.0
+
+Wait = Callable[[], None]
 
 
 class TransactionalProducer:
@@ -43,14 +46,17 @@ class TransactionalProducer:
         compression: str | None = None,
         timeout: float = _TRANSACTION_SECONDS,
         max_record_bytes: int = 1024 * 1024,
+        wait: Wait = lambda: None,
     ) -> None:
         """Connect, and have the broker end what an earlier producer of this id left under way.
+
+        `wait` is called about once a second while `commit` waits, and may raise to give up.
 
         `timeout`: seconds for a transaction, after which it fails here and the broker gives it up.
 
         Raises KafkaError when that is not possible, ConfigError for a secret that is not there.
         """
-        self._timeout = timeout
+        self._timeout, self._wait = timeout, wait
         self._futures: list[Any] = []
         self._producer = KafkaProducer(
             **connection.client_options(),
@@ -114,7 +120,7 @@ class TransactionalProducer:
         deadline = time.monotonic() + self._timeout
         futures, self._futures = self._futures, []
         for future in futures:
-            future.get(timeout=max(0.0, deadline - time.monotonic()))
+            settle(future, deadline, self._wait)
         transactions = self._producer._transaction_manager
         self._await(transactions.send_offsets_to_transaction(dict(offsets), group), deadline)
         self._await(transactions.begin_commit(), deadline)
@@ -129,8 +135,24 @@ class TransactionalProducer:
 
     def _await(self, result: Any, deadline: float) -> None:
         self._producer._sender.wakeup()
-        if not result.wait(timeout_ms=max(0.0, 1000 * (deadline - time.monotonic()))):
-            raise KafkaTimeoutError(f"no answer within {self._timeout:g} s")
+        while not result.wait(timeout_ms=_milliseconds(_left(deadline))):
+            if time.monotonic() >= deadline:
+                raise KafkaTimeoutError(f"no answer within {self._timeout:g} s")
+            self._wait()
+
+
+def settle(future: Any, deadline: float, wait: Wait) -> None:
+    """Until a record is acknowledged; `wait` is called about once a second. Raises KafkaError."""
+    while not future.is_done and time.monotonic() < deadline:
+        with suppress(KafkaTimeoutError):
+            future.get(timeout=_left(deadline))
+        wait()
+    future.get(timeout=0)
+
+
+def _left(deadline: float) -> float:
+    """How long to wait at once."""
+    return max(0.0, min(_LOOK_SECONDS, deadline - time.monotonic()))
 
 
 def _milliseconds(seconds: float) -> int:

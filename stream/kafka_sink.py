@@ -17,7 +17,9 @@ This is the sink for frames that come over ZeroMQ: what reaches it is not lost; 
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -44,6 +46,8 @@ _BATCH = 500
 # How long one question about the spool's position may take; how long a failure is slept over.
 _ANSWER_SECONDS = 10.0
 _PAUSE_SECONDS = 1.0
+# So long after the last wait for room the spool has some again; one that drains slowly has it now and then.
+_CALM_SECONDS = 5.0
 
 
 class KafkaSinkSettings(Strict):
@@ -92,7 +96,9 @@ class KafkaSink:
         self._place = TopicPartition(settings.topic, 0)
         self._work, self._closing, self._stop = threading.Event(), threading.Event(), threading.Event()
         self._producer: TransactionalProducer | None = None
-        self._failure: OnsetError | None = None
+        self._waited_at = -math.inf  # for room in the spool
+        self._sending: str | None = None  # what is wrong with the spool's disk
+        self.unwritten = 0
         if self.depth:
             log.info("%s: %d events of an earlier run are sent first", settings.spool, self.depth)
         self._thread = threading.Thread(target=self._run, name="kafka-sink", daemon=True)
@@ -106,16 +112,19 @@ class KafkaSink:
     def write(self, events: Sequence[Event]) -> None:
         """See `EventWriter.write`: the events are on the disk when this returns.
 
-        Waits while the spool is full, unless it may drop the oldest. Raises OnsetError when the disk refuses.
+        Waits while the spool is full, unless it may drop the oldest. Raises OnsetError when the disk refuses:
+        then nothing of them was kept.
         """
         if not events:
             return
         records = [record(event) for event in events]
         drop = self._settings.when_full == "drop-oldest"
-        while self._failure is None:
+        self.unwritten = len(events)
+        while True:
             try:
                 dropped = self._spool.append(records, drop_oldest=drop)
             except SpoolFull as problem:
+                self._waited_at = time.monotonic()
                 if not self._patience():
                     self._counters.events_dropped.inc(len(events))
                     log.error(
@@ -135,7 +144,13 @@ class KafkaSink:
             self._counters.spool_events.set(self.depth)
             self._work.set()
             return
-        raise self._failure
+
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with the spool, in a sentence. A broker that is away is nothing, while it holds."""
+        if time.monotonic() - self._waited_at < _CALM_SECONDS:
+            return "a spool is full: its broker takes events too slowly, or none at all"
+        return self._sending
 
     def close(self, timeout: float = 10.0) -> None:
         """Send what waits, for so many seconds; what is left stays in the spool for the next run."""
@@ -163,8 +178,7 @@ class KafkaSink:
                 if self._stop.is_set():
                     return
                 if isinstance(problem, OnsetError) and not isinstance(problem, ConfigError):
-                    self._failure = problem  # the spool's disk: `write` says so
-                    return
+                    self._sending = str(problem)  # the spool's disk, which may have room again
                 told = (
                     str(problem)
                     if isinstance(problem, OnsetError)
@@ -192,6 +206,7 @@ class KafkaSink:
                 producer.send(settings.topic, waiting.key, waiting.value, waiting.headers)
             producer.commit({self._place: OffsetAndMetadata(last, newest.id, -1)}, self._identity)
             self._spool.remove(last)
+            self._sending = None
             self._counters.events_delivered.inc(len(batch))
             self._counters.spool_events.set(self.depth)
 

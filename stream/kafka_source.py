@@ -181,6 +181,11 @@ class KafkaSource:
 
     def poll(self, seconds: float) -> Polled:
         """Wait for messages for so long, and a second more where nobody answers. Raises KafkaError."""
+        # kafka-python 3.0.12 forgets what it had fetched of a partition that was held, unless nothing is next
+        # in line; and what was next and is used up still is (look again when it changes).
+        fetcher = self._consumer._fetcher
+        if not fetcher._next_partition_records:
+            fetcher._next_partition_records = None
         found = self._consumer.poll(timeout_ms=round(1000 * seconds))
         if found:
             self._heard = time.monotonic()
@@ -204,6 +209,7 @@ class KafkaSource:
         """
         settings = self._settings
         places = {partition: TopicPartition(settings.topic, partition) for partition in partitions}
+        self._wait()
         beginnings = self._consumer.beginning_offsets(list(places.values()))
         committed = {partition: self._committed(place) for partition, place in places.items()}
         ends = self._ends(list(places.values()))
@@ -226,9 +232,25 @@ class KafkaSource:
             )
         return found
 
+    @property
+    def is_rejoining(self) -> bool:
+        """The group is being joined anew, which goes on in `poll` alone, and takes it some time."""
+        return bool(self._consumer._coordinator.need_rejoin())
+
+    def hold(self, partition: int) -> None:
+        """Poll nothing of a partition, until it is released or sought in."""
+        self._consumer.pause(TopicPartition(self._settings.topic, partition))
+
+    def release(self, partition: int) -> None:
+        """Poll a partition again."""
+        place = TopicPartition(self._settings.topic, partition)
+        if place in self._consumer.paused():
+            self._consumer.resume(place)
+
     def seek(self, partition: int, offset: int) -> None:
         """Go on with the message at `offset`."""
         self._consumer.seek(TopicPartition(self._settings.topic, partition), offset)
+        self.release(partition)
         self._awaiting.discard(partition)
 
     def position(self, partition: int) -> int:
@@ -288,6 +310,7 @@ class KafkaSource:
 
     def _ends(self, places: list[TopicPartition]) -> Mapping[TopicPartition, int]:
         """The ends of partitions, with what is not settled yet."""
+        self._wait()
         with closing(KafkaConsumer(**self._options, group_id=None, enable_auto_commit=False)) as plain:
             found: Mapping[TopicPartition, int] = plain.end_offsets(places)
         return found
@@ -332,6 +355,7 @@ class KafkaSource:
         known = KafkaAdminClient.DEFAULT_CONFIG
         with closing(KafkaAdminClient(**{k: v for k, v in self._options.items() if k in known})) as admin:
             there = {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics()}
+            self._wait()
             wanted = {"topic": settings.topic, "events": settings.events, "dead_letters.kafka_topic": letters}
             for what, name in wanted.items():
                 if name is not None and not there.get(name):
@@ -344,6 +368,7 @@ class KafkaSource:
                 _create_state(admin, state, partitions)
             elif there[state] < partitions:
                 admin.create_partitions({state: partitions})
+            self._wait()
             _check_compacted(admin, state)
         return partitions
 

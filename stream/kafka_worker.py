@@ -1,9 +1,12 @@
 """A worker: messages from Kafka in, events to Kafka out, going on where any other worker stopped.
 
-One round: poll, read, run the network until nothing is left to do, commit. Between two rounds nothing is
-under way, so that partitions come and go only there. Whatever fails (a broker, the membership in the group,
-a transaction), the worker forgets all and begins anew from the last commit, as its successor would: there
-is one way to recover, and it is the way to start.
+One round: poll, read a slice of what came, run the network until nothing is left to do, commit. A slice ends
+by time, so that no round is long whatever the messages hold; what is left of a partition's messages waits for
+the next rounds, in which the partition is not polled. Between two rounds nothing is under way, so that
+partitions come and go only there. A message of hours is worked on with signs of life, and left to the next
+worker when this one is to stop: nothing of it was committed. Whatever fails (a broker, the membership in the
+group, a transaction), the worker forgets all and begins anew from the last commit, as its successor would:
+there is one way to recover, and it is the way to start.
 """
 
 from __future__ import annotations
@@ -20,15 +23,17 @@ from kafka.errors import KafkaError
 from engine.errors import ConfigError, DataError, OnsetError, WireError
 from engine.manifest import Decoding
 from engine.session import Session
+from stream.backlog import Backlog
 from stream.config import ServiceConfig, overridden
 from stream.dead_letters import open_dead_letters
 from stream.events import Event
 from stream.kafka_connection import explain
 from stream.kafka_delivery import open_delivery
 from stream.kafka_source import KafkaSource, KafkaSourceSettings
+from stream.listening import ListeningClock
 from stream.partition import Partition, check_marks, maker_of, warm_chunks
 from stream.runtime import Runtime
-from stream.surroundings import Surroundings
+from stream.surroundings import Stopped, Surroundings
 from stream.throttle import Throttle
 from stream.wire import Limits, decode
 
@@ -39,17 +44,24 @@ log = logging.getLogger(__name__)
 _POLL_SECONDS = 1.0
 _JOIN_SECONDS = 5.0
 _PAUSE_SECONDS = 1.0
-
-
-class Stopped(Exception):
-    """The service is to stop while it waits for a broker."""
+# How long a round reads, and polls in between where there is still something to read.
+_SLICE_SECONDS = 1.0
+_GLANCE_SECONDS = 0.01
+# What is read before the network runs: enough to fill some batches.
+_BATCHES_AT_ONCE = 2
+# A message of more chunks than this is digested by itself.
+_LONG_CHUNKS = 8
+# How long a worker that is to stop goes on with what it has begun, to commit it.
+_FINISH_SECONDS = 3.0
+_LOG_APPEND_TIME = 1  # a record's timestamp type
+# Between two looks at the clocks; what is longer was a pause of this process.
+_LONGEST_ROUND_SECONDS = 2 * _POLL_SECONDS
 
 
 def work(config: ServiceConfig, settings: KafkaSourceSettings, around: Surroundings) -> None:
     """Run until it is to stop. Raises ConfigError, when it starts, for what is wrong with `config`."""
     throttle = Throttle(log)
-    session = around.engine()
-    around.health.set("engine", True)
+    session = around.opened()
     identity = str(uuid.uuid4())
     is_new = True
     while not around.stop.is_set():
@@ -63,7 +75,7 @@ def work(config: ServiceConfig, settings: KafkaSourceSettings, around: Surroundi
             is_new = False
             worker.run()
         except Stopped:
-            log.info("stopped before its partitions were taken up")
+            log.info("stopped; what was under way is left to the next worker")
         except (KafkaError, ConfigError, DataError) as problem:
             if is_new and isinstance(problem, OnsetError):
                 raise
@@ -75,7 +87,13 @@ def work(config: ServiceConfig, settings: KafkaSourceSettings, around: Surroundi
             if worker is not None:
                 session = worker.session
                 worker.close()
-        around.stop.wait(_PAUSE_SECONDS)
+        # Not `stop.wait`, which a signal handler that sets it could find locked.
+        time.sleep(0.0 if around.stop.is_set() else _PAUSE_SECONDS)
+
+
+def broker_time(record: Any) -> float | None:
+    """When its broker put a record there, seconds; None where its producer says so (CreateTime)."""
+    return record.timestamp / 1000 if record.timestamp_type == _LOG_APPEND_TIME else None
 
 
 class Worker:
@@ -94,13 +112,17 @@ class Worker:
         self._config, self._kafka, self._around, self._counters = config, settings, around, around.counters
         self._throttle = Throttle(log)
         self._partitions: dict[int, Partition] = {}
+        self._backlog = Backlog()
         self._offsets: dict[int, tuple[int, str]] = {}  # as they were committed last
         self._homes: dict[str, int] = {}  # stream -> its partition
         self._committed_at = time.monotonic()
+        self._listened = ListeningClock(_LONGEST_ROUND_SECONDS)
         self._runtime = self._new_runtime(session)
         self._source = KafkaSource(settings, self._wait, config.dead_letters.kafka_topic)
         try:
-            self._delivery = open_delivery(settings, self._source, self._counters, identity)
+            self._delivery = open_delivery(
+                settings, self._source, self._counters, identity, self._keep_waiting
+            )
         except BaseException:
             self._source.close()
             raise
@@ -110,7 +132,7 @@ class Worker:
         """Until it is to stop. Raises KafkaError, DataError."""
         while not self._around.stop.is_set():
             self._round()
-            if self._around.reload.is_due():
+            if self._around.replacement.is_there():
                 self._swap()
         self._commit(at_once=True)
 
@@ -125,10 +147,11 @@ class Worker:
 
     def _round(self) -> None:
         self._around.beat()
-        polled = self._source.poll(_POLL_SECONDS if self._source.has_joined else _JOIN_SECONDS)
+        polled = self._source.poll(self._poll_seconds)
         silence = self._source.silence  # now: what this round takes is no silence of the brokers
         for number in polled.lost & self._partitions.keys():
             self._partitions.pop(number).leave()
+            self._backlog.drop(number)
             with suppress(KeyError):
                 self._counters.lag_messages.remove(self._kafka.topic, str(number))
         if polled.lost or polled.gained:
@@ -137,14 +160,27 @@ class Worker:
             self._take_up(polled.gained)
         for number, records in polled.records.items():
             self._check_hole(number, records[0].offset)
-            self._read(number, records)
+            self._backlog.put(number, records)
+            self._source.hold(number)
+        told = self._read_slice()
         for number, partition in self._partitions.items():
-            position = self._source.position(number)
-            self._check_hole(number, position)
-            partition.reach(position)
-        self._runtime.drain()
-        self._look_at_clocks(busy=polled.records.keys())
+            if number not in self._backlog:
+                self._source.release(number)
+                position = self._source.position(number)
+                self._check_hole(number, position)
+                partition.reach(position)
+        self._digest()
+        self._look_at_clocks(told)
         self._commit()
+        self._report(silence)
+
+    @property
+    def _poll_seconds(self) -> float:
+        if not self._source.has_joined:
+            return _JOIN_SECONDS
+        return _GLANCE_SECONDS if self._backlog and not self._source.is_rejoining else _POLL_SECONDS
+
+    def _report(self, silence: float) -> None:
         replaying = [number for number, partition in self._partitions.items() if partition.is_replaying]
         missing = ""
         if silence > self._kafka.patience:
@@ -167,26 +203,62 @@ class Worker:
                 "before they were read; keep them longer (retention.ms)"
             )
 
-    def _read(self, number: int, records: Sequence[Any]) -> None:
+    def _read_slice(self) -> set[int]:
+        """Work on what was polled, for some time; the partitions whose clock a broker has set."""
+        told: set[int] = set()
+        until = time.monotonic() + _SLICE_SECONDS
+        chunk = self.session.manifest.chunk_samples
+        while self._backlog:
+            room = _BATCHES_AT_ONCE * self._config.max_batch * chunk
+            while room > 0 and (taken := self._backlog.take()) is not None:
+                number, record = taken
+                samples = self._read(number, record)
+                self._backlog.charge(number, samples + 1)
+                room -= samples + 1
+                if broker_time(record) is not None:
+                    told.add(number)
+                if samples > _LONG_CHUNKS * chunk:
+                    self._digest()
+            self._digest()
+            if time.monotonic() >= until or self._around.stop.is_set():
+                break
+        return told
+
+    def _digest(self) -> None:
+        """Run the network until nothing is left to do. Raises Stopped where that takes too long by now."""
+        while self._runtime.has_ready:
+            self._step()
+
+    def _step(self) -> None:
+        self._around.beat()
+        if time.monotonic() > self._around.deadline - self._around.grace + _FINISH_SECONDS:
+            raise Stopped
+        self._runtime.run_ready()
+
+    def _read(self, number: int, record: Any) -> int:
+        """Take one record; returns how many samples it brought."""
         partition = self._partitions[number]
         limits = Limits.of(self.session.manifest.frame, self._kafka.max_message_bytes)
-        for record in records:
-            message, timestamp = None, 0.0  # what cannot be read moves no clock either
-            try:
-                message = decode(record.value or b"", limits)
-                timestamp = record.timestamp / 1000
-                home = self._homes.setdefault(message.stream, number)
-                if home != number:
-                    raise WireError(
-                        "partition",
-                        f"stream {message.stream!r} comes in partitions {home} and {number}; the key of a "
-                        "message has to be its stream",
-                    )
-            except WireError as problem:
-                message = None
-                if not partition.is_replaying:
-                    self._refuse(number, record, problem)
-            partition.take(record.offset, timestamp, message)
+        message, timestamp = None, None  # what cannot be read moves no clock either
+        try:
+            message = decode(record.value or b"", limits)
+            timestamp = broker_time(record)
+            home = self._homes.setdefault(message.stream, number)
+            if home != number:
+                raise WireError(
+                    "partition",
+                    f"stream {message.stream!r} comes in partitions {home} and {number}; the key of a "
+                    "message has to be its stream",
+                )
+        except WireError as problem:
+            message = None
+            if not partition.is_replaying:
+                self._refuse(number, record, problem)
+        if message is not None:
+            while self._runtime.ready(message.stream):  # else to take it would be to run for long, unseen
+                self._step()
+        partition.take(record.offset, timestamp, message)
+        return 0 if message is None else len(message.samples)
 
     def _refuse(self, number: int, record: Any, problem: WireError) -> None:
         self._counters.refused.labels(problem.reason).inc()
@@ -209,23 +281,26 @@ class Worker:
             self._delivery.tell(events)
             self._counters.observe_events(events, time.time())
 
-    def _look_at_clocks(self, busy: Collection[int]) -> None:
-        now = time.time()
+    def _look_at_clocks(self, told: Collection[int]) -> None:
+        """Lose streams that fell silent. `told`: partitions whose clock a broker has just set."""
+        seconds = self._listened.caught_up()
         for number, partition in self._partitions.items():
             if partition.is_replaying:
                 continue
             lag = self._source.lag(number)
             if lag is not None:
-                self._counters.lag_messages.labels(self._kafka.topic, str(number)).set(lag)
+                self._counters.lag_messages.labels(self._kafka.topic, str(number)).set(
+                    lag + self._backlog.count(number)
+                )
             partition.tick()
-            # The wall clock speaks only if nothing waits, and after a pause of this process much may.
+            # Listening means something only if nothing waits, and after a pause of this process much may.
             if (
-                number not in busy
+                number not in told
+                and number not in self._backlog
                 and lag == 0
-                and partition.is_silent(now)
-                and self._source.is_at_end(number)
+                and (not partition.is_silent(seconds) or self._source.is_at_end(number))
             ):
-                partition.tick(now)
+                partition.listen(seconds)
 
     def _commit(self, at_once: bool = False) -> None:
         now = time.monotonic()
@@ -258,6 +333,7 @@ class Worker:
         manifest = self.session.manifest
         for number, found in self._source.resumption(numbers).items():
             self._offsets.pop(number, None)
+            self._backlog.drop(number)
             partition = Partition(
                 self._runtime,
                 f"{self._kafka.topic}-{number}",
@@ -285,7 +361,7 @@ class Worker:
         self._around.notifier.reloading()
         try:
             try:
-                session = self._around.engine()
+                session = self._around.replacement.take()
                 self._runtime.check_swap(session)
                 runtime = self._new_runtime(session)
             except Exception as problem:
@@ -300,7 +376,7 @@ class Worker:
         try:
             self._commit(at_once=True)
         except KafkaError:
-            self._around.reload.request()  # the next life swaps it
+            self._around.replacement.request()  # the next life swaps it
             raise
         numbers, previous = set(self._partitions), self.session
         for partition in self._partitions.values():
@@ -329,7 +405,7 @@ class Worker:
 
     def _refuse_swap(self, problem: Exception) -> None:
         found = self.session.manifest.id
-        self._around.reload.refused(found, problem)
+        self._around.replacement.refused(found, problem)
         self._counters.bundle_swaps_failed.inc()
         self._around.notifier.status(f"bundle {found}; another was refused, see the log")
 
@@ -340,6 +416,12 @@ class Worker:
 
     def _decoding(self, session: Session) -> Decoding:
         return overridden(session.manifest.decoding, self._config.decoding, "decoding")
+
+    def _keep_waiting(self) -> None:
+        """For the end of a transaction; raises Stopped once there is no time left for it."""
+        self._around.beat()
+        if time.monotonic() > self._around.deadline - self._around.grace / 2:
+            raise Stopped
 
     def _wait(self) -> None:
         """For a broker; raises Stopped when there is no need to."""

@@ -14,6 +14,9 @@ from collections.abc import Callable, Mapping
 
 log = logging.getLogger(__name__)
 
+# For how long a start that goes on asks for patience, beyond what TimeoutStartSec gives.
+_START_SECONDS = 60.0
+
 
 class Notifier:
     """Talks to the service manager that the environment names, if any."""
@@ -32,12 +35,18 @@ class Notifier:
         elif path:
             log.warning("NOTIFY_SOCKET is %r, expected a path or an abstract name: systemd is not told", path)
         self._interval = _watchdog_seconds(environ) / 2
-        self._next_alive = clock()
+        self._next_alive = self._next_starting = clock()
         self._complained = False
 
     def ready(self) -> None:
         """The service has started, or has been reloaded."""
         self._send("READY=1")
+
+    def starting(self) -> None:
+        """The start goes on, and takes its time; told twice in the time that this asks for."""
+        now = self._clock()
+        if now >= self._next_starting and self._send(f"EXTEND_TIMEOUT_USEC={round(1e6 * _START_SECONDS)}"):
+            self._next_starting = now + _START_SECONDS / 2
 
     def reloading(self) -> None:
         """A reload has begun; `ready` ends it."""

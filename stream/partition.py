@@ -5,9 +5,11 @@ to bring streams back to where they were (see `stream.live_stream`), and nothing
 Whoever reads calls `take` for each message in order, `reach` where there are none, and `checkpoint` before
 each commit; and asks `is_news` of each event.
 
-Everything here follows from the log alone: the clock of a partition is the latest time at which a message
-was put there, so that a silence means the same whoever reads it, and when. The wall clock speaks at the end
-of the log only (`tick`), where it says what the next message would say.
+What a silence means follows from the log: the clock of a partition is the latest time at which its broker put
+a message there. At the end of the log it goes on with the seconds for which somebody listens there
+(`listen`), which is never more than the next message will say. No wall clock but the broker's has a part in
+it; producers' clocks have none: where a message brings only that (CreateTime), listening alone counts.
+What is read again is not judged again: whoever committed has found those streams alive.
 
 Lost, and said so: a stream whose messages are not there any more, or whose mark cannot be used. Its open
 actions are aborted, and it begins anew. No I/O here.
@@ -163,10 +165,12 @@ class Partition:
         self._runtime.forget(mine)
         self._runtime.forget_ended(self._ended)
 
-    def take(self, offset: int, timestamp: float, message: Message | None) -> None:
-        """The message at `offset`, put there at `timestamp` (seconds); None: it could not be read."""
+    def take(self, offset: int, timestamp: float | None, message: Message | None) -> None:
+        """The message at `offset`; None: it could not be read. `timestamp`: seconds, when its broker put it
+        there; None: the broker did not say."""
         self.reach(offset)
-        self._clock = max(self._clock, timestamp)
+        if timestamp is not None:
+            self._clock = max(self._clock, timestamp)
         if message is not None and self._is_wanted(offset, message.stream):
             self._offer(offset, message)
         self.position = offset + 1
@@ -178,6 +182,8 @@ class Partition:
 
     def _offer(self, offset: int, message: Message) -> None:
         name = message.stream
+        if self.is_replaying:
+            self._runtime.excuse(name, self._clock)
         self._runtime.offer(message, at=self._clock)
         standing = self._runtime.standing(name)
         if standing is None or not standing.is_open:
@@ -214,14 +220,18 @@ class Partition:
             obituaries, self._obituaries = self._obituaries, []
             self._tell(obituaries)
 
-    def is_silent(self, now: float) -> bool:
-        """Whether `tick` at this wall time has something to do."""
-        return self._runtime.is_silent(max(now, self._clock), self.streams)
+    def is_silent(self, seconds: float) -> bool:
+        """Whether `listen` for so long loses a stream."""
+        return self._runtime.is_silent(self._clock + seconds, self.streams)
 
-    def tick(self, now: float | None = None) -> None:
-        """Lose the streams that fell silent; `now`: the wall clock, where all that is there has been read."""
-        clock = self._clock if now is None else max(now, self._clock)
-        self._runtime.tick(clock, self.streams)
+    def listen(self, seconds: float) -> None:
+        """For so long nothing came, where all that is there has been read: lose what fell silent."""
+        self._clock += seconds
+        self.tick()
+
+    def tick(self) -> None:
+        """Lose the streams that fell silent by the partition's clock."""
+        self._runtime.tick(self._clock, self.streams)
 
     def checkpoint(self) -> tuple[list[tuple[bytes, bytes | None]], Committed]:
         """What to write into the compacted topic (None: forget the key), and beside the offset `position`.

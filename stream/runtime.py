@@ -76,7 +76,7 @@ class Runtime:
         )  # id -> epoch, one past its last sample
         self._refused: OrderedDict[str, None] = OrderedDict()
         self._opened = 0
-        self._throttle = Throttle(log, clock=clock)
+        self._throttle = Throttle(log)
 
     @property
     def streams(self) -> Sequence[str]:
@@ -167,6 +167,12 @@ class Runtime:
             if stream is not None and stream.is_settled:  # else the engine is behind, not the producer
                 self._look_at(stream, now)
 
+    def excuse(self, stream: str, now: float) -> None:
+        """Up to `now` (on the clock of `tick`) this stream was not silent, whatever had come of it."""
+        found = self._streams.get(stream)
+        if found is not None:
+            found.seen = max(found.seen, now)
+
     def is_silent(self, now: float, streams: Iterable[str]) -> bool:
         """Whether `tick` has something to do with any of these."""
         found = (self._streams.get(name) for name in streams)
@@ -189,11 +195,26 @@ class Runtime:
             self._throttle.warning("stream lost", f"{stream.id!r} sent nothing for {quiet:.1f} s")
             self._run_out(stream, IDLE, orderly=False)
 
-    def stop(self, reason: str = STOPPED) -> None:
-        """Process all that was offered, then end every stream in order; open actions end with it."""
-        self.drain()
+    def stop(self, reason: str = STOPPED, may_go_on: Callable[[], bool] = lambda: True) -> bool:
+        """Process all that was offered, then end every stream in order; open actions end with it.
+
+        `may_go_on` is asked before each round; False: it said no, and streams are left as they are.
+        """
+        if not self._run_while(may_go_on):
+            return False
         for stream in list(self._streams.values()):
-            self._run_out(stream, reason, orderly=True)
+            if stream.ring.end is None:
+                stream.reason, stream.orderly = reason, True
+            stream.closing = True
+            self._fill(stream)
+        return self._run_while(may_go_on)
+
+    def _run_while(self, may_go_on: Callable[[], bool]) -> bool:
+        while self._ready:
+            if not may_go_on():
+                return False
+            self.run_ready()
+        return True
 
     def standing(self, stream: str) -> Standing | None:
         """What a successor has to know of a stream; None: nothing is known of it."""

@@ -7,6 +7,7 @@ loops are in `stream.zmq_worker` and `stream.kafka_worker`.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -20,10 +21,13 @@ from stream.config import ServiceConfig
 from stream.counters import Counters
 from stream.health import Health, HealthServer, HttpSettings
 from stream.notify import Notifier
+from stream.opening import Replacement
 from stream.reload import Reload
-from stream.surroundings import Surroundings
+from stream.surroundings import Stopped, Surroundings
 
 log = logging.getLogger(__name__)
+
+_MARGIN_SECONDS = 5.0
 
 
 def serve(
@@ -56,23 +60,30 @@ def serve(
             if on_ready is not None:
                 on_ready(where)
 
-        around = Surroundings(engine, counters, health, notifier, stop, reload, ready)
-        if config.source.kafka is not None:
-            kafka_worker.work(config, config.source.kafka, around)
-        elif config.source.zmq is not None:
-            zmq_worker.work(config, config.source.zmq, around)
+        around = Surroundings(
+            engine, counters, health, notifier, stop, Replacement(engine, reload), ready, config.grace
+        )
+        try:
+            if config.source.kafka is not None:
+                kafka_worker.work(config, config.source.kafka, around)
+            elif config.source.zmq is not None:
+                zmq_worker.work(config, config.source.zmq, around)
+        except Stopped:
+            log.info("stopped while the bundle was being opened")
         notifier.stopping()
     log.info("stopped: %s", counters.summary())
     return counters
 
 
 @contextmanager
-def stopped_by_signals(reload: Reload) -> Iterator[threading.Event]:
+def stopped_by_signals(reload: Reload, grace: float) -> Iterator[threading.Event]:
     """An event that SIGTERM and SIGINT set; SIGHUP asks `reload`.
 
-    A second signal does what it did before: it kills.
+    A second signal does what it did before: it kills. So does this, where all is not over `grace` seconds and
+    some after the first: every wait is bounded, but who would know that of every library.
     """
-    stop = threading.Event()
+    stop, over = threading.Event(), threading.Event()
+    threading.Thread(target=_end_late, args=(stop, over, grace), name="grace", daemon=True).start()
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
 
     def restore() -> None:
@@ -91,4 +102,13 @@ def stopped_by_signals(reload: Reload) -> Iterator[threading.Event]:
     try:
         yield stop
     finally:
+        over.set()
         restore()
+
+
+def _end_late(stop: threading.Event, over: threading.Event, grace: float) -> None:
+    stop.wait()
+    seconds = grace + _MARGIN_SECONDS
+    if not over.wait(seconds):
+        log.error("not over %g s after the signal, `grace` is %g; ended at once", seconds, grace)
+        os._exit(1)

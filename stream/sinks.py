@@ -1,19 +1,29 @@
-"""Where events go: Kafka; or JSON lines, to a file or standard output, flushed once per batch of events."""
+"""Where events go: JSON lines of a finite run, to a file or standard output; and all the sinks of a service.
+
+One sink's end is one sink's end: each has an `Outlet`, a queue and a thread of its own.
+"""
 
 from __future__ import annotations
 
-import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from engine.errors import ConfigError, OnsetError
+from stream import line_sink
 from stream.config import Sink
 from stream.counters import Counters
 from stream.events import Event
 from stream.kafka_sink import KafkaSink
-from stream.private_files import open_private
+from stream.line_sink import FileSink
+from stream.outlet import Outlet
+
+# Events that wait for a file or a reader, some kilobytes each at most; and for a disk, in front of a spool.
+_WAITING_EVENTS = 16_384
+_BEFORE_A_SPOOL = 256
+_PATIENCE_SECONDS = 1.0
 
 
 class EventWriter(Protocol):
@@ -56,27 +66,6 @@ def standard_output() -> LineWriter:
     return LineWriter(sys.stdout.buffer, "standard output")
 
 
-class AppendingFile(LineWriter):
-    """A file that grows: what a service writes. Raises ConfigError when it cannot be opened.
-
-    A new file is its owner's alone (mode 0600), since events say who did what and when; the mode of one
-    that is there is left to whoever set it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = _opened(path, "a+b", private=True)
-        super().__init__(self._file, str(path))
-        # A process that was killed may have left half a line; the next event must not become a part of it.
-        if self._file.seek(0, os.SEEK_END):
-            self._file.seek(-1, os.SEEK_END)
-            if self._file.read(1) != b"\n":
-                self._file.write(b"\n")
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._file.close()
-
-
 class WholeFile(LineWriter):
     """A file that appears under its name once it is whole: what a finite run writes.
 
@@ -100,38 +89,76 @@ class WholeFile(LineWriter):
                 raise ConfigError(f"{self._path}: cannot be replaced: {problem.strerror}") from None
 
 
-class Writers:
-    """Several writers as one."""
+class Sinks:
+    """All sinks of a service. Belongs to one thread."""
 
-    def __init__(self, writers: Iterable[EventWriter]) -> None:
-        self._writers = list(writers)
+    def __init__(self, outlets: Iterable[Outlet], patience: Callable[[], bool]) -> None:
+        """`patience` is asked, about once a second, whether to go on waiting for a sink that is full."""
+        self._outlets, self._patience = list(outlets), patience
 
     def write(self, events: Sequence[Event]) -> None:
-        """See `EventWriter.write`."""
-        for writer in self._writers:
-            writer.write(events)
+        """Give one batch to every sink, in order."""
+        for outlet in self._outlets:
+            while not outlet.put(events, _PATIENCE_SECONDS):
+                if not self._patience():
+                    outlet.lose(events)
+                    break
 
-    def close(self) -> None:
-        """See `EventWriter.close`."""
-        for writer in self._writers:
-            writer.close()
+    def check(self) -> None:
+        """Raises OnsetError when a sink failed whose errors are to end the service, or when none is left."""
+        for outlet in self._outlets:
+            if outlet.failure is not None:
+                raise OnsetError(f"{outlet.failure}; the service ends (`on_error: stop`)")
+        if all(outlet.is_gone for outlet in self._outlets):
+            raise OnsetError(f"{self.trouble()}; no sink is left, the service ends")
+
+    def trouble(self) -> str:
+        """What is wrong with sinks, in a sentence; empty where all is well."""
+        return "; ".join(outlet.trouble for outlet in self._outlets if outlet.trouble is not None)
+
+    def close(self, deadline: float) -> None:
+        """Nothing more comes; the rest has to have left at `deadline` (of `time.monotonic`)."""
+        for outlet in self._outlets:
+            outlet.finish(deadline)
+        for outlet in self._outlets:
+            outlet.join()
 
 
-def open_sinks(sinks: Sequence[Sink], counters: Counters, patience: Callable[[], bool]) -> Writers:
-    """The writers of a service's configuration; `patience`: see `KafkaSink`. Raises ConfigError."""
-    return Writers(_open_sink(sink, counters, patience) for sink in sinks)
+def open_sinks(sinks: Sequence[Sink], counters: Counters, patience: Callable[[], bool]) -> Sinks:
+    """The sinks of a service's configuration; `patience`: see `Sinks`. Raises ConfigError."""
+    outlets: list[Outlet] = []
+    try:
+        outlets.extend(_open_sink(sink, counters) for sink in sinks)
+    except ConfigError:
+        Sinks(outlets, patience).close(time.monotonic() + _PATIENCE_SECONDS)
+        raise
+    return Sinks(outlets, patience)
 
 
-def _open_sink(sink: Sink, counters: Counters, patience: Callable[[], bool]) -> EventWriter:
+def _open_sink(sink: Sink, counters: Counters) -> Outlet:
+    stops = sink.on_error == "stop"
     if sink.kafka is not None:
-        return KafkaSink(sink.kafka, counters, patience)
-    return standard_output() if sink.file is None else AppendingFile(sink.file)
+        settings = sink.kafka
+        # The spool drops what it cannot hold, or makes this wait.
+        return Outlet(
+            f"kafka:{settings.topic}",
+            lambda patience: KafkaSink(settings, counters, patience),
+            counters,
+            _BEFORE_A_SPOOL,
+            False,
+            stops,
+        )
+    drop = sink.when_full == "drop-oldest"
+    if (path := sink.file) is None:
+        return Outlet("stdout", line_sink.standard_output, counters, _WAITING_EVENTS, drop, stops)
+    return Outlet(
+        f"file:{path}", lambda patience: FileSink(path, patience), counters, _WAITING_EVENTS, drop, stops
+    )
 
 
-def _opened(path: Path, mode: str, private: bool = False) -> BinaryIO:
+def _opened(path: Path, mode: str) -> BinaryIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        opener = (lambda name, flags: open_private(Path(name), flags)) if private else None
-        return open(path, mode, opener=opener)  # type: ignore[return-value]
+        return path.open(mode)  # type: ignore[return-value]
     except OSError as problem:
         raise ConfigError(f"{path}: cannot be written: {problem.strerror or problem}") from None

@@ -8,7 +8,6 @@ bounded rate and put aside. On SIGTERM or SIGINT it processes what has arrived, 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
 
@@ -17,6 +16,7 @@ from stream.config import ServiceConfig, overridden
 from stream.dead_letters import open_dead_letters
 from stream.events import Event
 from stream.inbox import Inbox
+from stream.listening import ListeningClock
 from stream.runtime import Runtime
 from stream.sinks import open_sinks
 from stream.surroundings import Surroundings
@@ -35,22 +35,27 @@ _RECEIVE_AT_ONCE = 256
 _RECEIVE_BYTES = 4 * 1024 * 1024
 # How soon a signal or a silent stream is noticed when nothing arrives.
 _POLL_SECONDS = 0.1
+# Between two moments at which all that arrived was taken; what is longer was a pause of the service itself.
+_LONGEST_ROUND_SECONDS = 1.0
 # "What has arrived" ends at the first pause of this length, or after so long with a producer that goes on.
 # (Unbinding first would be no help: ZeroMQ then hangs up on those who are connected, unread bytes and all.)
 _DRAIN_PAUSE_SECONDS = 0.05
 _DRAIN_SECONDS = 5.0
-# What a stop waits for a broker whose spool is full; systemd's patience (TimeoutStopSec) is longer.
-_LAST_SECONDS = 10.0
-# So long after the last wait for room a spool has some again; one that drains slowly has it now and then.
-_CALM_SECONDS = 5.0
 
 
 def work(config: ServiceConfig, settings: ZmqSettings, around: Surroundings) -> None:
     """Run until it is to stop. Raises BundleError or ConfigError before it is ready."""
     worker = Worker(config, settings, around)
-    with ZmqSource(settings, around.counters) as source:
-        worker.run(source)
-    worker.close()
+    try:
+        source = ZmqSource(settings, around.counters)
+    except BaseException:
+        worker.close()
+        raise
+    with source:
+        try:
+            worker.run(source)
+        finally:
+            worker.close()  # first: whatever becomes of the network, events leave
 
 
 class Worker:
@@ -59,14 +64,12 @@ class Worker:
     def __init__(self, config: ServiceConfig, settings: ZmqSettings, around: Surroundings) -> None:
         """Raises BundleError, ConfigError."""
         self._config, self._around, self._counters = config, around, around.counters
-        self._stopping_since = 0.0
-        self._waited_at = -math.inf  # for room in a spool
-        session = around.engine()
-        around.health.set("engine", True)
+        session = around.opened()
         self._sinks = open_sinks(config.sinks, around.counters, self._has_patience)
         self._letters = open_dead_letters(config.dead_letters, around.counters)
         decoding = overridden(session.manifest.decoding, config.decoding, "decoding")
-        self._runtime = Runtime(session, self._hear, config, around.counters, decoding)
+        self._listened = ListeningClock(min(_LONGEST_ROUND_SECONDS, config.idle_timeout / 4))
+        self._runtime = Runtime(session, self._hear, config, around.counters, decoding, clock=self._listened)
         self._bundle = session.manifest.id
         self._limits = Limits.of(session.manifest.frame, settings.max_message_bytes)
         self._inbox = Inbox(config.queue_bytes)
@@ -89,29 +92,33 @@ class Worker:
         around.ready(source.address)
         while not around.stop.is_set():
             around.beat()
-            if time.monotonic() - self._waited_at > _CALM_SECONDS:
-                around.health.set("sinks", True)
+            self._look_at_sinks()
+            self._sinks.check()
             busy = runtime.has_ready or len(self._inbox)
             source.wait(0.0 if busy else _POLL_SECONDS)
             self._receive(source)
             self._advance()
-            runtime.tick()
-            if around.reload.is_due():
+            self._look_for_silence(source)
+            if around.replacement.is_there():
                 self._swap()
         log.info("stopping: %d streams are open", len(runtime.streams))
-        deadline = time.monotonic() + _DRAIN_SECONDS
-        while source.wait(_DRAIN_PAUSE_SECONDS) and time.monotonic() < deadline:
+        until = min(time.monotonic() + _DRAIN_SECONDS, self._work_until)
+        while source.wait(_DRAIN_PAUSE_SECONDS) and time.monotonic() < until:
             self._receive(source)
             self._advance()
-        while len(self._inbox):
+        while len(self._inbox) and self._may_go_on():
             self._advance()
+        if left := len(self._inbox):
+            self._counters.dropped_messages.labels("stopped").inc(left)
+            log.error("%d messages had arrived and were not processed in time; raise `grace`", left)
         self._counters.queued_messages.set(0)
-        runtime.stop()
+        if not runtime.stop(may_go_on=self._may_go_on):
+            log.error("%d streams did not end in time; raise `grace`", len(runtime.streams))
 
     def close(self) -> None:
         """Hand over what the sinks still hold."""
         self._letters.close()
-        self._sinks.close()
+        self._sinks.close(min(self._around.deadline, time.monotonic() + self._around.grace))
 
     def _receive(self, source: ZmqSource) -> None:
         """Queue what has arrived, up to a bound; refuse what cannot be read."""
@@ -165,21 +172,35 @@ class Worker:
                 self._runtime.offer(message)
         self._runtime.run_ready()
 
+    def _look_for_silence(self, source: ZmqSource) -> None:
+        """Lose streams that sent nothing, where all that had arrived was taken: what waits is no silence."""
+        if self._inbox.is_full or source.wait(0.0):
+            return
+        self._listened.caught_up()
+        waiting = set(self._inbox.streams)
+        self._runtime.tick(streams=[name for name in self._runtime.streams if name not in waiting])
+
     def _hear(self, events: Sequence[Event]) -> None:
         self._sinks.write(events)
         self._counters.observe_events(events, time.time())
 
+    def _look_at_sinks(self) -> None:
+        trouble = self._sinks.trouble()
+        self._around.health.set("sinks", not trouble, trouble)
+
     def _has_patience(self) -> bool:
-        """Whether a full spool may make this wait for its broker: not for ever, once it is to stop."""
+        """Whether a full sink may make this wait: not for ever, once it is to stop."""
+        self._look_at_sinks()
+        return self._may_go_on()
+
+    def _may_go_on(self) -> bool:
         self._around.beat()
-        self._waited_at = time.monotonic()
-        self._around.health.set(
-            "sinks", False, "a spool is full: its broker takes events too slowly, or none at all"
-        )
-        if not self._around.stop.is_set():
-            return True
-        self._stopping_since = self._stopping_since or time.monotonic()
-        return time.monotonic() - self._stopping_since < _LAST_SECONDS
+        return time.monotonic() < self._work_until
+
+    @property
+    def _work_until(self) -> float:
+        """The other half of the grace is for the sinks."""
+        return self._around.deadline - self._around.grace / 2
 
     def _swap(self) -> None:
         """Go on with the bundle as it is now; with the old one, where the new cannot be used."""
@@ -188,11 +209,11 @@ class Worker:
         try:
             self._runtime.drain()  # what fails here is no fault of the new bundle
             try:
-                session = around.engine()
+                session = around.replacement.take()
                 decoding = overridden(session.manifest.decoding, self._config.decoding, "decoding")
                 self._runtime.swap(session, decoding, around.beat)
             except Exception as problem:
-                around.reload.refused(self._bundle, problem)
+                around.replacement.refused(self._bundle, problem)
                 self._counters.bundle_swaps_failed.inc()
                 around.notifier.status(f"bundle {self._bundle}; another was refused, see the log")
                 return

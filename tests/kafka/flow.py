@@ -138,10 +138,11 @@ def worker_config(
 class WorkerProcess:
     """`onset run` as a process of its own."""
 
-    def __init__(self, config: Path, log: Path) -> None:
+    def __init__(self, config: Path, log: Path, before: str = "") -> None:
+        """`before`: Python that runs first."""
         self._log = log.open("ab")
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from onset import main; main()", "run", str(config)],
+            [sys.executable, "-c", f"{before}\nfrom onset import main; main()", "run", str(config)],
             cwd=ROOT,
             stderr=self._log,
             stdout=subprocess.DEVNULL,

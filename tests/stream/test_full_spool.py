@@ -37,7 +37,7 @@ def service_of(folder: Path, bundle: Path, port: int, broker: int, topic: str = 
         "spool_bytes": SPOOL_BYTES,
     }
     http = {"address": f"127.0.0.1:{port}"}
-    return Process(write_config(folder, bundle, sinks=[{"kafka": sink}], http=http))
+    return Process(write_config(folder, bundle, sinks=[{"kafka": sink}], http=http, grace=6.0))
 
 
 def lives() -> list[Message]:

@@ -91,6 +91,18 @@ def test_the_watchdog_hears_twice_an_interval_however_often_the_loop_goes_round(
     assert manager.hears() == "WATCHDOG=1"
 
 
+def test_systemd_is_asked_for_patience_while_a_start_goes_on(manager: Manager) -> None:
+    now = [100.0]
+    notifier = Notifier({"NOTIFY_SOCKET": manager.name}, lambda: now[0])
+    for now[0] in (100.0, 110.0, 129.9):
+        notifier.starting()
+    assert manager.hears() == "EXTEND_TIMEOUT_USEC=60000000"
+    assert manager.hears_nothing()
+    now[0] = 130.0
+    notifier.starting()
+    assert manager.hears() == "EXTEND_TIMEOUT_USEC=60000000"
+
+
 @pytest.mark.parametrize(
     "environ", [{}, {"WATCHDOG_USEC": "soon"}, {"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"}]
 )

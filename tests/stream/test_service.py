@@ -25,9 +25,10 @@ import zmq
 from engine import ConfigError, OnnxSession, OnsetError
 from stream.config import ServiceConfig, Sink, Source, ZmqSettings, load_service_config
 from stream.events import Event
+from stream.line_sink import FileSink
 from stream.runtime import Runtime
 from stream.service import serve
-from stream.sinks import AppendingFile, WholeFile
+from stream.sinks import WholeFile
 from stream.wire import Message, encode
 
 RATE = 50.0
@@ -471,7 +472,7 @@ def event(stream: str) -> Event:
 def test_a_file_with_half_a_line_gets_a_new_one(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text('{"version":1}\n{"half')
-    sink = AppendingFile(path)
+    sink = FileSink(path)
     sink.write([event("a"), event("ü")])
     sink.close()
     lines = path.read_text(encoding="utf-8").splitlines()

@@ -138,6 +138,13 @@ def send(
     key: Annotated[
         Path | None, typer.Option(help="Our own NAME.secret, with --server-key; `onset keys` makes one.")
     ] = None,
+    patience: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Seconds to wait at the end while nothing more is taken; what is left is named then.",
+        ),
+    ] = 60.0,
     kafka_config: Annotated[
         Path | None,
         typer.Option(
@@ -148,9 +155,10 @@ def send(
 ) -> None:
     """Send recordings to a service as if they were live, all side by side.
 
-    Nothing is dropped: where the service is slower than --speed, this waits (with --to pub+..., it does not
-    wait, and what the service cannot take is lost; Kafka keeps what the service has not read). Each recording
-    becomes a stream named after its file, which is the key of its messages in Kafka.
+    Nothing is dropped: where the service is slower than --speed, this waits, and it ends when the service
+    has taken everything; else it says what is not known to have arrived, with status 2. (With --to pub+...
+    it does not wait, and what the service cannot take is lost; Kafka keeps what the service has not read.)
+    Each recording becomes a stream named after its file, which is the key of its messages in Kafka.
 
     Example: onset send recording.npy --to tcp://127.0.0.1:5555 --rate 50
     """
@@ -179,7 +187,7 @@ def send(
     ]
     # One queue for all, in the order in which the samples would have been measured.
     queue: Iterator[Message] = heapq.merge(*sources, key=lambda message: message.seq + len(message.samples))
-    with _producer(to, server_key, key, kafka_config) as producer, _progress() as bar:
+    with _producer(to, server_key, key, kafka_config, patience) as producer, _progress() as bar:
         task = bar.add_task("sending", total=sum(len(samples) for samples in loaded))
         for message in paced(queue, speed) if speed else queue:
             scale = scales[message.stream] if dtype == "int16" else None
@@ -187,7 +195,10 @@ def send(
             bar.advance(task, len(message.samples))
         bar.update(task, description="waiting for delivery")
     Console(stderr=True).print(
-        f"{len(recordings)} recording{'s' * (len(recordings) > 1)} sent to {to}", highlight=False
+        f"{len(recordings)} recording{'s' * (len(recordings) > 1)} "
+        + ("published at " if to.startswith("pub") else "sent, and taken by ")
+        + to,
+        highlight=False,
     )
 
 
@@ -207,15 +218,16 @@ def keys(
 
 
 def _producer(
-    to: str, server_key: Path | None, key: Path | None, kafka_config: Path | None
+    to: str, server_key: Path | None, key: Path | None, kafka_config: Path | None, patience: float
 ) -> Producer | KafkaSender:
     if to.startswith("kafka:"):
         if server_key is not None or key is not None:
             raise ConfigError("--server-key and --key are for ZeroMQ; for Kafka there is --kafka-config")
         if kafka_config is None:
-            return KafkaSender(to)
+            return KafkaSender(to, delivery_timeout=max(1.0, patience))
         connection = load_config(KafkaConnection, kafka_config)
-        return KafkaSender(to, connection.relative_to(kafka_config.resolve().parent))
+        connection = connection.relative_to(kafka_config.resolve().parent)
+        return KafkaSender(to, connection, delivery_timeout=max(1.0, patience))
     if kafka_config is not None:
         raise ConfigError(f"--kafka-config is for --to kafka:///TOPIC, found {to!r}")
     if (server_key is None) != (key is None):
@@ -223,7 +235,7 @@ def _producer(
     curve = None
     if server_key is not None and key is not None:
         curve = ClientKeys(server=read_public(server_key), own=read_secret(key))
-    return open_producer(to, curve=curve)
+    return open_producer(to, linger=patience, curve=curve)
 
 
 def _progress() -> Progress:

@@ -45,11 +45,12 @@ class Connection:
         self.is_gone = False
         """the other side has hung up; what it sent before is still to be taken"""
         self.is_closed = False
+        self.is_drained = True
+        """the kernel had no more when it was asked last"""
         self.has_sent = False
         self._most = most
         self._items: deque[Payload | Ping] = deque()
         self._is_broken = False  # what came last is no ZMTP: nothing behind it is read
-        self._is_drained = True  # the kernel had no more when it was asked last
 
     def __hash__(self) -> int:
         return id(self)
@@ -66,7 +67,7 @@ class Connection:
         """Whether something is to be sent, now."""
         # To a side that has hung up, an answer would bring a reset, and the rest of what it had sent would be
         # lost on its way: an established connection is answered once all that has come is read.
-        return bool(self.link.output) and not self.is_gone and (self._is_drained or not self.link.is_ready)
+        return bool(self.link.output) and not self.is_gone and (self.is_drained or not self.link.is_ready)
 
     @property
     def is_over(self) -> bool:
@@ -84,14 +85,14 @@ class Connection:
         try:
             size = self.socket.recv_into(self._scratch)
         except (BlockingIOError, InterruptedError):
-            self._is_drained = True
+            self.is_drained = True
             return
         except OSError:  # reset: what came before was read before
             size = 0
         if not size:
-            self.is_gone = True
+            self.is_gone = self.is_drained = True
             return
-        self._is_drained = size < _RECV_BYTES
+        self.is_drained = size < _RECV_BYTES
         self.clocks.heard, self.clocks.asked = now, 0.0
         self.link.feed(self._scratch[:size])
         self.parse()

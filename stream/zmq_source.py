@@ -162,6 +162,12 @@ class ZmqSource:
         connection.is_held = False
         self._changed.add(connection)
 
+    def is_behind(self, connection: Connection | None) -> bool:
+        """Whether something of it waits here, or may wait in the kernel."""
+        if connection is None or connection not in self._connections:
+            return False
+        return connection in self._turns or connection.is_held or not connection.is_drained
+
     def close(self) -> None:
         """Hang up."""
         for dialer in self._dialing:

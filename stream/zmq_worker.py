@@ -37,8 +37,9 @@ _RECEIVE_BYTES = 4 * 1024 * 1024
 _POLL_SECONDS = 0.1
 # Between two moments at which all that arrived was taken; what is longer was a pause of the service itself.
 _LONGEST_ROUND_SECONDS = 1.0
+# Names of streams beyond those that are open, whose connections are remembered.
+_REMEMBERED = 1024
 # "What has arrived" ends at the first pause of this length, or after so long with a producer that goes on.
-# (Unbinding first would be no help: ZeroMQ then hangs up on those who are connected, unread bytes and all.)
 _DRAIN_PAUSE_SECONDS = 0.05
 _DRAIN_SECONDS = 5.0
 
@@ -76,6 +77,7 @@ class Worker:
         self._throttle = Throttle(log)
         self._losses = LossCounter(around.counters)
         self._held: dict[Connection, tuple[str, int]] = {}  # producers that wait, each for a stream's room
+        self._came_by: dict[str, Connection] = {}  # by which a stream came last
 
     def run(self, source: ZmqSource) -> None:
         """Until it is to stop; then what has arrived, to its end."""
@@ -103,7 +105,7 @@ class Worker:
                 self._swap()
         log.info("stopping: %d streams are open", len(runtime.streams))
         until = min(time.monotonic() + _DRAIN_SECONDS, self._work_until)
-        while source.wait(_DRAIN_PAUSE_SECONDS) and time.monotonic() < until:
+        while (source.wait(_DRAIN_PAUSE_SECONDS) or self._held) and time.monotonic() < until:
             self._receive(source)
             self._advance()
         while len(self._inbox) and self._may_go_on():
@@ -154,6 +156,7 @@ class Worker:
             self._drop()
         if source.kind == "sub":
             self._losses.see(message)
+        self._came_by[message.stream] = received.connection
         self._inbox.put(message)
         return len(data)
 
@@ -173,12 +176,19 @@ class Worker:
         self._runtime.run_ready()
 
     def _look_for_silence(self, source: ZmqSource) -> None:
-        """Lose streams that sent nothing, where all that had arrived was taken: what waits is no silence."""
-        if self._inbox.is_full or source.wait(0.0):
-            return
+        """Lose streams that sent nothing: not one of which something waits, here or in its producer's
+        connection, whatever the others do meanwhile."""
         self._listened.caught_up()
-        waiting = set(self._inbox.streams)
-        self._runtime.tick(streams=[name for name in self._runtime.streams if name not in waiting])
+        streams, waiting = self._runtime.streams, set(self._inbox.streams)
+        if len(self._came_by) > 2 * len(streams) + _REMEMBERED:
+            self._came_by = {name: self._came_by[name] for name in streams if name in self._came_by}
+        self._runtime.tick(
+            streams=[
+                name
+                for name in streams
+                if name not in waiting and not source.is_behind(self._came_by.get(name))
+            ]
+        )
 
     def _hear(self, events: Sequence[Event]) -> None:
         self._sinks.write(events)

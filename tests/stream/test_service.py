@@ -56,6 +56,7 @@ def config_of(bundle: Path, events: Path, **settings: Any) -> ServiceConfig:
         "threads": 1,
         "reorder": 0.2,
         "max_gap": 0.4,
+        "grace": 120.0,  # busy machines take their time
         "decoding": DECODING,
     }
     return ServiceConfig(**(values | settings))
@@ -309,6 +310,7 @@ def write_config(folder: Path, bundle: Path, **changes: Any) -> Path:
         "max_streams": 8,
         "reorder": 0.2,
         "max_gap": 0.4,
+        "grace": 120.0,  # busy machines take their time
         "decoding": DECODING,
     }
     path = folder / "service.yaml"

@@ -14,9 +14,9 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from engine.documents import load_yaml
 from engine.errors import ConfigError, OnsetError
 from engine.redaction import is_secret_name, learn, redacted
+from engine.yaml_file import load_yaml
 
 
 class Strict(BaseModel):

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from engine.documents import load_yaml
 from engine.errors import ConfigError, DataError
+from engine.yaml_file import load_yaml
 from trainer.beats import BeatFront
 from trainer.config import Config, read_config
 from trainer.data import Corpus

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,24 @@ def test_clients_on_the_list_are_let_in_whoever_binds(
     with open_source(keys, f"{kinds[0]}+{here}:{address}") as source:
         assert exchange(source, say(f"{kinds[1]}+{there}:{address}", keys.client(), b"hello")) == [b"hello"]
         assert refused(source) == set()
+
+
+def test_no_flipped_bit_of_a_key_file_ends_in_a_traceback(tmp_path: Path) -> None:
+    draw = random.Random(15)
+    for path, read in zip(reversed(write_keys(tmp_path, "service")), (read_secret, read_public), strict=True):
+        data = path.read_bytes()
+        read_as_a_key = 0
+        for number in range(200):
+            changed = bytearray(data)
+            if number % 10:
+                changed[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+            else:
+                del changed[draw.randrange(len(data)) :]
+            path.write_bytes(changed)
+            with suppress(ConfigError):
+                read(path)
+                read_as_a_key += 1
+        assert 20 < read_as_a_key < 190
 
 
 def test_the_list_may_be_a_file_and_holds_all_of_its_keys(keys: Keys, tmp_path: Path) -> None:

@@ -1,19 +1,17 @@
-"""Documents from disk, YAML and JSON: bounded before they are parsed, and in what parsing them may cost.
+"""YAML from disk: bounded before it is parsed, and in what parsing it may cost.
 
-Knows no schema. What is wrong with a document is told without the words in it: they may be secrets.
+Knows no schema. What is wrong with a file is told without the words in it: they may be secrets.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from engine.errors import ConfigError, OnsetError
+from engine.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1024 * 1024
 # Aliases count as often as they stand: a few lines of them can name more values than a memory holds.
@@ -27,47 +25,13 @@ _QUOTED = re.compile(r"'(?!<[a-z ]+>').{3,}'|(?<=[!&*])[^\s']{2,}")
 _MERGE = "tag:yaml.org,2002:merge"
 
 
-def read_text(path: Path, max_bytes: int, error: type[OnsetError]) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark; of a pipe or a device, too.
-
-    Raises `error` where it cannot be read, is no text, or has more than `max_bytes` (no more are read).
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
-    except FileNotFoundError:
-        raise error(f"{path}: there is no such file") from None
-    except (OSError, ValueError) as problem:
-        raise error(f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}") from None
-    if len(data) > max_bytes:
-        raise error(f"{path}: larger than {max_bytes} bytes, which is more than it should ever have")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as problem:
-        raise error(f"{path}: not readable as text in UTF-8: byte {problem.start} is none") from None
-
-
-def read_json(
-    path: Path,
-    max_bytes: int,
-    error: type[OnsetError],
-    pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
-) -> Any:
-    """A JSON document; `pairs` makes its objects. Raises `error` as `read_text`, and where it is no JSON."""
-    text = read_text(path, max_bytes, error)
-    try:
-        return json.loads(text, object_pairs_hook=pairs, parse_int=_integer)
-    except (ValueError, RecursionError) as problem:
-        raise error(f"{path}: not readable as JSON: {problem}") from None
-
-
 def load_yaml(path: Path) -> Any:
     """Read one YAML document of at most 1 MiB, without constructing Python objects.
 
     Raises ConfigError when the file is missing, too large or not YAML, and for what costs more than its
     length: numbers of more than 64 characters, aliases that make many of little, merge keys, deep nesting.
     """
-    text = read_text(path, MAX_CONFIG_BYTES, ConfigError)
+    text = _text(path)
     try:
         values = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as problem:
@@ -114,6 +78,25 @@ def _refused(why: str, node: yaml.Node) -> yaml.MarkedYAMLError:
     return yaml.constructor.ConstructorError(None, None, why, node.start_mark)
 
 
+def _text(path: Path) -> str:
+    """Of a pipe or a device, too, and never more than is allowed."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as problem:
+        raise ConfigError(
+            f"{path}: cannot be read: {getattr(problem, 'strerror', None) or problem}"
+        ) from None
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes; this is not a configuration")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        raise ConfigError(f"{path}: not readable as text in UTF-8: byte {problem.start} is none") from None
+
+
 def _too_much(values: object) -> str | None:
     """What a configuration has too much of, if anything."""
     waiting, seen = [(values, 0)], 0
@@ -129,9 +112,3 @@ def _too_much(values: object) -> str | None:
         elif isinstance(value, (list, tuple, set)):
             waiting += [(item, depth + 1) for item in value]
     return None
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > _MAX_CHARACTERS:
-        raise ValueError(f"an integer of {len(digits)} digits, expected at most {_MAX_CHARACTERS}")
-    return int(digits)

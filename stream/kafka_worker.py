@@ -76,8 +76,8 @@ def work(config: ServiceConfig, settings: KafkaSourceSettings, around: Surroundi
                 around.ready(", ".join(settings.connection.bootstrap))
             is_new = False
             worker.run()
-        except Stopped:
-            log.info("stopped; what was under way is left to the next worker")
+        except Stopped as found:
+            log.info("stopped %s", found)
         except (KafkaError, ConfigError, DataError) as problem:
             if is_new and isinstance(problem, OnsetError):
                 raise
@@ -239,7 +239,7 @@ class Worker:
     def _step(self) -> None:
         self._around.beat()
         if time.monotonic() > self._around.deadline - self._around.grace + _FINISH_SECONDS:
-            raise Stopped
+            raise Stopped("within a message, which is left to the next worker")
         if time.monotonic() - self._polled_at > _AWAY_SECONDS:
             # Who does not poll for long is put out of the group, and holds up its changes until then.
             polled = self._poll(is_busy=True)
@@ -412,10 +412,10 @@ class Worker:
         """For the end of a transaction; raises Stopped once there is no time left for it."""
         self._around.beat()
         if time.monotonic() > self._around.deadline - self._around.grace / 2:
-            raise Stopped
+            raise Stopped("without an answer to its last commit")
 
     def _wait(self) -> None:
         """For a broker; raises Stopped when there is no need to."""
         self._around.beat()
         if self._around.stop.is_set():
-            raise Stopped
+            raise Stopped("before its partitions were taken up")

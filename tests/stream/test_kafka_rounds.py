@@ -40,11 +40,11 @@ from stream import kafka_worker
 kafka_worker._SLICE_SECONDS, kafka_worker._BATCHES_AT_ONCE = 0.0, 1
 """
 
-# A long message takes some 15 s, and who does not poll for 6 s is put out of the group.
+# A long message takes some 8 s, and who does not poll for 4 s is put out of the group.
 SLOW_STEPS_AND_NO_PATIENCE = """
 import time
 from kafka import KafkaConsumer
-KafkaConsumer.DEFAULT_CONFIG["max_poll_interval_ms"] = 6000
+KafkaConsumer.DEFAULT_CONFIG["max_poll_interval_ms"] = 4000
 from engine import OnnxSession
 step = OnnxSession.step
 OnnxSession.step = lambda *given: (time.sleep(0.05), step(*given))[1]
@@ -133,7 +133,7 @@ def test_a_message_that_takes_longer_than_a_group_s_patience_is_worked_on_once(
 ) -> None:
     topics = {"frames": topic(1), "events": topic(1)}
     feed = Feed(kafka, topics["frames"])
-    feed.send([Message("long", 0, wave(1, 4000), RATE, 1, end=True)])
+    feed.send([Message("long", 0, wave(1, 2000), RATE, 1, end=True)])
     feed.close()
     config = worker_config(tmp_path, tiny_bundle, kafka, topics)
     worker = WorkerProcess(config, tmp_path / "log", SLOW_STEPS_AND_NO_PATIENCE)

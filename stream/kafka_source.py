@@ -67,7 +67,7 @@ class KafkaSourceSettings(Strict):
     commit_interval: float = Field(
         default=1.0, gt=0, le=60, description="how long messages without events wait for a commit"
     )
-    max_poll: int = Field(default=500, ge=1, le=10_000, description="messages between two commits at most")
+    max_poll: int = Field(default=500, ge=1, le=10_000, description="messages polled at once")
     max_message_bytes: int = Field(default=1024 * 1024, ge=1024, le=64 * 1024 * 1024)
     session_timeout: float = Field(
         default=10.0, ge=1, le=300, description="a worker that is silent for so long loses its partitions"

@@ -18,7 +18,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import Any
 
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, RebalanceInProgressError
 
 from engine.errors import ConfigError, DataError, OnsetError, WireError
 from engine.manifest import Decoding
@@ -29,7 +29,7 @@ from stream.dead_letters import open_dead_letters
 from stream.events import Event
 from stream.kafka_connection import explain
 from stream.kafka_delivery import open_delivery
-from stream.kafka_source import KafkaSource, KafkaSourceSettings
+from stream.kafka_source import KafkaSource, KafkaSourceSettings, Polled
 from stream.listening import ListeningClock
 from stream.partition import Partition, check_marks, maker_of, warm_chunks
 from stream.runtime import Runtime
@@ -51,6 +51,8 @@ _GLANCE_SECONDS = 0.01
 _BATCHES_AT_ONCE = 2
 # A message of more chunks than this is digested by itself.
 _LONG_CHUNKS = 8
+# A message that takes longer than this is interrupted by a poll.
+_AWAY_SECONDS = 3.0
 # How long a worker that is to stop goes on with what it has begun, to commit it.
 _FINISH_SECONDS = 3.0
 _LOG_APPEND_TIME = 1  # a record's timestamp type
@@ -74,8 +76,8 @@ def work(config: ServiceConfig, settings: KafkaSourceSettings, around: Surroundi
                 around.ready(", ".join(settings.connection.bootstrap))
             is_new = False
             worker.run()
-        except Stopped:
-            log.info("stopped; what was under way is left to the next worker")
+        except Stopped as found:
+            log.info("stopped %s", found)
         except (KafkaError, ConfigError, DataError) as problem:
             if is_new and isinstance(problem, OnsetError):
                 raise
@@ -113,6 +115,8 @@ class Worker:
         self._throttle = Throttle(log)
         self._partitions: dict[int, Partition] = {}
         self._backlog = Backlog()
+        self._polled_at = time.monotonic()
+        self._gained: set[int] = set()  # while a message was worked on
         self._offsets: dict[int, tuple[int, str]] = {}  # as they were committed last
         self._homes: dict[str, int] = {}  # stream -> its partition
         self._committed_at = time.monotonic()
@@ -147,7 +151,7 @@ class Worker:
 
     def _round(self) -> None:
         self._around.beat()
-        polled = self._source.poll(self._poll_seconds)
+        polled = self._poll()
         silence = self._source.silence  # now: what this round takes is no silence of the brokers
         for number in polled.lost & self._partitions.keys():
             self._partitions.pop(number).leave()
@@ -156,12 +160,9 @@ class Worker:
                 self._counters.lag_messages.remove(self._kafka.topic, str(number))
         if polled.lost or polled.gained:
             self._counters.rebalances.inc()
-        if polled.gained:
-            self._take_up(polled.gained)
-        for number, records in polled.records.items():
-            self._check_hole(number, records[0].offset)
-            self._backlog.put(number, records)
-            self._source.hold(number)
+        if gained := (self._gained - polled.lost) | polled.gained:
+            self._gained = set()
+            self._take_up(gained)
         told = self._read_slice()
         for number, partition in self._partitions.items():
             if number not in self._backlog:
@@ -174,11 +175,17 @@ class Worker:
         self._commit()
         self._report(silence)
 
-    @property
-    def _poll_seconds(self) -> float:
-        if not self._source.has_joined:
-            return _JOIN_SECONDS
-        return _GLANCE_SECONDS if self._backlog and not self._source.is_rejoining else _POLL_SECONDS
+    def _poll(self, is_busy: bool = False) -> Polled:
+        seconds = _POLL_SECONDS if self._source.has_joined else _JOIN_SECONDS
+        if (is_busy or self._backlog) and self._source.has_joined and not self._source.is_rejoining:
+            seconds = _GLANCE_SECONDS
+        polled = self._source.poll(seconds)
+        self._polled_at = time.monotonic()
+        for number, records in polled.records.items():
+            self._check_hole(number, records[0].offset)
+            self._backlog.put(number, records)
+            self._source.hold(number)
+        return polled
 
     def _report(self, silence: float) -> None:
         replaying = [number for number, partition in self._partitions.items() if partition.is_replaying]
@@ -232,7 +239,13 @@ class Worker:
     def _step(self) -> None:
         self._around.beat()
         if time.monotonic() > self._around.deadline - self._around.grace + _FINISH_SECONDS:
-            raise Stopped
+            raise Stopped("within a message, which is left to the next worker")
+        if time.monotonic() - self._polled_at > _AWAY_SECONDS:
+            # Who does not poll for long is put out of the group, and holds up its changes until then.
+            polled = self._poll(is_busy=True)
+            if polled.lost & self._partitions.keys():
+                raise RebalanceInProgressError  # what was told of them since the last commit is another's now
+            self._gained = (self._gained - polled.lost) | polled.gained
         self._runtime.run_ready()
 
     def _read(self, number: int, record: Any) -> int:
@@ -421,10 +434,10 @@ class Worker:
         """For the end of a transaction; raises Stopped once there is no time left for it."""
         self._around.beat()
         if time.monotonic() > self._around.deadline - self._around.grace / 2:
-            raise Stopped
+            raise Stopped("without an answer to its last commit")
 
     def _wait(self) -> None:
         """For a broker; raises Stopped when there is no need to."""
         self._around.beat()
         if self._around.stop.is_set():
-            raise Stopped
+            raise Stopped("before its partitions were taken up")

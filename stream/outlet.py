@@ -28,6 +28,8 @@ _RETRY_SECONDS = 1.0
 _SLOW_SECONDS = 5.0
 # Of what is left for closing, what `writer.close` may have; the rest is for writing.
 _CLOSING_PART = 0.5
+# What hanging up takes beyond the time that `writer.close` is given.
+_HANG_UP_SECONDS = 2.5
 
 
 class SinkGone(OnsetError):
@@ -158,7 +160,7 @@ class Outlet:
     def _run(self) -> None:
         while (batch := self._next()) and self._deliver(batch):
             pass
-        self._writer.close(max(0.0, self._close_until - time.monotonic()))
+        self._writer.close(max(0.0, self._close_until - _HANG_UP_SECONDS - time.monotonic()))
 
     def _next(self) -> list[Event]:
         """What is next in line; nothing, once nothing more comes."""
@@ -191,6 +193,8 @@ class Outlet:
         self._counters.sink_errors.labels(self.name).inc()
         if self._why is None:
             log.error("%s; the other sinks go on", problem)
+            with self._lock:
+                self._missed = 0
         self._why = str(problem)
 
     def _recover(self) -> None:

@@ -68,8 +68,8 @@ def serve(
                 kafka_worker.work(config, config.source.kafka, around)
             elif config.source.zmq is not None:
                 zmq_worker.work(config, config.source.zmq, around)
-        except Stopped:
-            log.info("stopped while the bundle was being opened")
+        except Stopped as found:
+            log.info("stopped %s", found)
         notifier.stopping()
     log.info("stopped: %s", counters.summary())
     return counters

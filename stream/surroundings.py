@@ -61,7 +61,7 @@ class Surroundings:
                 "minutes",
             )
             if time.monotonic() > self.deadline - self.grace / 2:
-                raise Stopped
+                raise Stopped("while the bundle was being opened")
         session = opening.result()
         self.health.set("engine", True)
         return session

@@ -25,6 +25,7 @@ from tests.kafka.flow import (
     messages_of,
     read_events,
     readiness,
+    wave,
     worker_config,
 )
 from tests.kafka.ports import free_port
@@ -37,6 +38,16 @@ now = time.time
 time.time = lambda: now() + 40.0
 from stream import kafka_worker
 kafka_worker._SLICE_SECONDS, kafka_worker._BATCHES_AT_ONCE = 0.0, 1
+"""
+
+# A long message takes some 8 s, and who does not poll for 4 s is put out of the group.
+SLOW_STEPS_AND_NO_PATIENCE = """
+import time
+from kafka import KafkaConsumer
+KafkaConsumer.DEFAULT_CONFIG["max_poll_interval_ms"] = 4000
+from engine import OnnxSession
+step = OnnxSession.step
+OnnxSession.step = lambda *given: (time.sleep(0.05), step(*given))[1]
 """
 
 
@@ -115,6 +126,24 @@ def test_long_messages_are_worked_on_with_commits_and_signs_of_life_and_left_whe
     told = [json.loads(event) for event in read_events(kafka, topics["events"])["long"]]
     assert told[0]["type"] == "stream.started"
     assert all(event["time"] <= committed(kafka, topics["frames"]) * size / RATE for event in told)
+
+
+def test_a_message_that_takes_longer_than_a_group_s_patience_is_worked_on_once(
+    kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    topics = {"frames": topic(1), "events": topic(1)}
+    feed = Feed(kafka, topics["frames"])
+    feed.send([Message("long", 0, wave(1, 2000), RATE, 1, end=True)])
+    feed.close()
+    config = worker_config(tmp_path, tiny_bundle, kafka, topics)
+    worker = WorkerProcess(config, tmp_path / "log", SLOW_STEPS_AND_NO_PATIENCE)
+    try:
+        await_ends(kafka, topics["events"], ["long"], 90)
+    finally:
+        worker.stop()
+    log = (tmp_path / "log").read_text()
+    assert "beginning anew" not in log
+    assert log.count("took up 1 partitions") == 1
 
 
 def committed(cluster: Cluster, topic: str) -> int:

@@ -60,6 +60,7 @@ class Polite:
 
     def _send(self, messages: Sequence[Message]) -> None:
         with self._context.socket(zmq.PUSH) as producer:
+            producer.linger = 0
             producer.connect(f"tcp://{self._address}")
             for _, batch in groupby(messages, key=lambda message: message.seq):
                 for message in batch:

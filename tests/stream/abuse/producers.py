@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import struct
@@ -92,24 +93,28 @@ class Killed(Abuser):
 
 
 class Pingers(Abuser):
-    """A full queue, with pings in it that are to be answered, and a reset behind it."""
+    """While the service has more than it can take: pings between messages in a full queue, then a reset."""
 
     name = "pingers"
     rest = (0.0, 0.5)
+    _seq = 0
 
     def act(self) -> None:
-        data = zmtp.frame(large("pingers", 0, self.rng.choice(SIZES[:2])))
-        pinged = data + zmtp.command(zmtp.PING)
-        with self.service.connect() as producer:
+        with self.service.connect() as stuffing, self.service.connect() as producer:
+            zmtp.shake_hands(stuffing)
+            self._fill(stuffing, 40, SIZES[-1])
             zmtp.shake_hands(producer)
-            producer.settimeout(self.rng.uniform(0.2, 1.0))
-            try:
-                for _ in range(600):
-                    producer.sendall(pinged)
-            except TimeoutError:
-                pass  # it is full
+            self._fill(producer, 600, self.rng.choice(SIZES[:2]), zmtp.command(zmtp.PING))
             self.stop.wait(self.rng.uniform(0.0, 1.0))
             zmtp.reset(producer)
+
+    def _fill(self, connection: socket.socket, count: int, size: int, behind: bytes = b"") -> None:
+        """Send messages, each with something behind it, until they are no longer taken."""
+        connection.settimeout(self.rng.uniform(0.2, 0.6))
+        with contextlib.suppress(TimeoutError):
+            for _ in range(count):
+                connection.sendall(zmtp.frame(large("pingers", self._seq, size)) + behind)
+                self._seq += size
 
 
 class Liars(Abuser):

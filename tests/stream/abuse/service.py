@@ -177,6 +177,11 @@ class Service:
                     found[sample.labels["reason"]] = round(sample.value)
         return found
 
+    def terminate(self) -> None:
+        """SIGTERM; what `/live` says from here on is not looked at."""
+        self._over.set()
+        self.process.send_signal(signal.SIGTERM)
+
     def await_end(self, seconds: float) -> bool:
         """Whether it ends within so long."""
         with contextlib.suppress(subprocess.TimeoutExpired):

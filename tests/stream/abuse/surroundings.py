@@ -42,7 +42,8 @@ class Bundles(_Around):
         super().__init__(*values)  # type: ignore[arg-type]
         self._bundle = self.service.bundle
         self._whole = self._bundle.with_name("whole")
-        shutil.copytree(self._bundle, self._whole)
+        if not self._whole.exists():
+            shutil.copytree(self._bundle, self._whole)
 
     def act(self) -> None:
         self.rng.choice(_CHANGES)(self)

@@ -73,7 +73,7 @@ class Service:
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
             )
         resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, (_DESCRIPTORS, _DESCRIPTORS))
         self.seen = Seen()
@@ -183,10 +183,13 @@ class Service:
         self.process.send_signal(signal.SIGTERM)
 
     def await_end(self, seconds: float) -> bool:
-        """Whether it ends within so long."""
+        """Whether it ends within so long; where it does not, its log then says what it was doing."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
-        return not self.is_up
+            return True
+        self.process.send_signal(signal.SIGABRT)
+        self.process.wait(10)
+        return False
 
     def told(self) -> dict[str, list[bytes]]:
         """The events in its file and in what was that file before, by stream."""

@@ -191,12 +191,15 @@ class Service:
         self.process.wait(10)
         return False
 
+    def pieces(self) -> list[Path]:
+        """What was its file of events before, and was moved: NAME.0, NAME.1, ..."""
+        return sorted(self.folder.glob("events.jsonl.*"), key=lambda path: int(path.suffix[1:]))
+
     def told(self) -> dict[str, list[bytes]]:
-        """The events in its file and in what was that file before, by stream."""
-        pieces = sorted(self.folder.glob("events.jsonl.*"), key=lambda path: int(path.suffix[1:]))
+        """The events in its file and in its pieces, by stream."""
         found: dict[str, list[bytes]] = {}
         known: set[int] = set()
-        for path in (*pieces, self.events):
+        for path in (*self.pieces(), self.events):
             if not path.exists() or path.stat().st_ino in known:
                 continue
             known.add(path.stat().st_ino)

@@ -160,7 +160,7 @@ class Files(_Around):
 
     def act(self) -> None:
         service = self.service
-        piece = service.events.with_name(f"{service.events.name}.{self.count}")
+        piece = service.events.with_name(f"{service.events.name}.{len(service.pieces())}")
         if not service.events.exists():
             pass  # moved, and not opened again: it goes on writing there
         elif self.rng.random() < 0.5:

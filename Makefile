@@ -6,7 +6,7 @@ BUILD ?= build
 NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 CMAKE ?= $(shell command -v cmake)
 
-.PHONY: setup demo test lint bench chaos fuzz soak plugin test-gpu clean
+.PHONY: setup demo test lint abuse bench chaos fuzz soak plugin test-gpu clean
 
 setup: .venv/.dev
 
@@ -75,6 +75,11 @@ test-gpu: plugin $(if $(filter $(BIN)/python,$(TESTER)),.venv/.gpu)
 # A million hostile messages, in some minutes: it ends with one line of counts.
 fuzz: .venv/.dev
 	$(BIN)/python -m tests.stream.fuzz --messages 1000000
+
+# Half an hour of producers that leave, floods, silent connections, slow readers, bundles that change, files and disks
+# that fail, all at once: it ends with one line of counts. With NAME=leavers, say, only that. Needs Linux.
+abuse: .venv/.dev
+	$(BIN)/python -m tests.stream.abuse --seconds 1800 --seed 0 $(if $(NAME),--only $(NAME))
 
 # A day of 200 streams, sped up: it ends with memory and cost per frame, then and now. Needs Linux.
 soak: .venv/.dev

@@ -12,10 +12,10 @@ For each class there is at most one open action and one pending candidate for a 
    it is worth, since no moment said so.
 4. A segment that overlaps what was emitted is not emitted (`stream.nms`).
 
-Invariants (tests/stream/test_tracker.py), whatever the network says and however it is decoded: every instance
-is started once, then ended or aborted once, and no class starts twice at one sample of an epoch; `start <= end
-<= time`; times of emission never decrease; ended segments of one class do not overlap by more than `nms_tiou`;
-the state is bounded. They hold across trackers where one adopts what another left open.
+Invariants (tests/stream/test_tracker.py), whatever the network says and however it is decoded: every
+instance is started once, then ended or aborted once, and no class starts twice at one sample of an epoch;
+`start <= end <= time`; times of emission never decrease; ended segments of one class do not overlap by more
+than `nms_tiou`; the state is bounded. They hold across trackers where one adopts what another left open.
 """
 
 from __future__ import annotations

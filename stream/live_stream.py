@@ -145,7 +145,7 @@ class LiveStream:
             ring,
             self.standing.actions if self.tracker is not None or self.adopted is not None else None,
             samples[begin:].reshape(count, size, samples.shape[1]),
-            np.all(present[begin:].reshape(count, manifest.chunk, hop), axis=2),
+            np.asarray(present[begin:].reshape(count, manifest.chunk, hop).all(axis=2)),
         )
 
     def go_on(self, slot: Slot, handed: HandedOver) -> None:

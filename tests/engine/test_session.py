@@ -10,9 +10,9 @@ import errno
 import hashlib
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -329,29 +329,30 @@ def test_a_bundle_that_the_machine_does_not_give_is_refused(
         read_bundle(bundle)
 
 
-def test_a_bundle_that_comes_and_goes_under_reading_is_read_whole_or_refused(
-    tiny_bundle: Path, other_bundle: Path, tmp_path: Path
-) -> None:
-    """As a copy does it, file by file, over what was there; the reader looks at any moment."""
-    bundle, stop = edit(tiny_bundle, tmp_path / "b"), threading.Event()
-    whole = {read_bundle(found)[0].id for found in (tiny_bundle, other_bundle)}
+def test_a_manifest_that_comes_and_goes_under_reading_is_read_or_refused(tmp_path: Path) -> None:
+    """The reader looks at any moment, also between two of its own."""
+    stop, manifest, away = threading.Event(), tmp_path / "bundle.json", tmp_path / "away"
+    manifest.write_text("{}")
 
-    def copy() -> None:
+    def move() -> None:
         while not stop.is_set():
-            for source in (other_bundle, tiny_bundle):
-                for name in FILES:
-                    (bundle / name).unlink()
-                    (bundle / name).write_bytes((source / name).read_bytes())
+            manifest.rename(away)
+            away.rename(manifest)
 
-    thread = threading.Thread(target=copy)
+    thread, interval = threading.Thread(target=move), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     thread.start()
+    seen = set()
     try:
-        for _ in range(500):
-            with suppress(BundleError):
-                assert read_bundle(bundle)[0].id in whole
+        for _ in range(20_000):
+            with pytest.raises(BundleError) as refused:
+                read_bundle(tmp_path)
+            seen.add("not a bundle" in str(refused.value))
     finally:
         stop.set()
         thread.join()
+        sys.setswitchinterval(interval)
+    assert seen == {True, False}, "it was there, and it was away"
 
 
 def test_whatever_onnx_runtime_raises_is_a_bundle_that_is_refused(

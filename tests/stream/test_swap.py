@@ -65,7 +65,7 @@ def test_a_swap_takes_streams_with_any_history(
     assert bench.events[-1].time == pytest.approx(end)
 
 
-@pytest.mark.parametrize("calls", [1, 2, 3, 5, 14])
+@pytest.mark.parametrize("calls", [1, 3, 14])
 def test_a_swap_that_fails_under_way_changes_no_event(tiny_bundle: Path, calls: int) -> None:
     def run(swapping: bool) -> Bench:
         bench = Bench(tiny_bundle)
@@ -94,7 +94,7 @@ def test_a_swap_that_fails_under_way_changes_no_event(tiny_bundle: Path, calls: 
 def test_no_swap_at_any_moment_breaks_a_promise_and_none_that_fails_changes_an_event(tmp_path: Path) -> None:
     """Random courses; `ONSET_SWAP_RUNS` for more of them, or `python -m tests.stream.swaps`."""
     sessions, total = Sessions(tmp_path), Counter[str]()
-    for seed in range(int(os.environ.get("ONSET_SWAP_RUNS", "24"))):
+    for seed in range(int(os.environ.get("ONSET_SWAP_RUNS", "12"))):
         total += run(sessions, seed)
     assert total["swaps"] >= total["runs"]
     assert total["failed"] >= total["runs"]

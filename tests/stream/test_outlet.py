@@ -236,10 +236,8 @@ def test_sinks_that_are_stuck_hold_up_neither_the_others_nor_the_end(
             until(lambda: path.exists() and len(read(path)) == len(expected))
             assert path.read_bytes() == b"".join(line + b"\n" for line in expected)
             until(lambda: "stdout has taken nothing" in readiness(port)[1].get("sinks", ""))
-            began = time.monotonic()
             service.process.send_signal(signal.SIGTERM)
+            # With 0: in order. Soon after its grace a process that has not ended is ended, with 1.
             assert service.process.wait(60) == 0
-            # A busy machine takes its time to end a process; a stuck sink would take for ever.
-            assert time.monotonic() - began < grace + 10.0
     finally:
         service.process.kill()

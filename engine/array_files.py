@@ -117,7 +117,8 @@ def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, complaint: str) ->
             done += len(block)
     if done != header.size:
         raise DataError(f"{complaint}: {entry.filename!r} ends after {done} of {header.size} bytes")
-    return np.ndarray(header.shape, header.dtype, samples, order=header.order)
+    array: NDArray[Any] = np.ndarray(header.shape, header.dtype, samples, order=header.order)
+    return array
 
 
 def _exactly(file: IO[bytes], size: int) -> bytes:

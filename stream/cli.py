@@ -21,7 +21,8 @@ from stream.kafka_sender import KafkaSender
 from stream.offline import detect_recordings
 from stream.recording_source import load, messages, paced, stream_ids
 from stream.reload import Reload
-from stream.service import serve, stopped_by_signals
+from stream.service import serve
+from stream.signals import stopped_by_signals
 from stream.wire import DtypeName, Message
 from stream.zmq_keys import ClientKeys, read_public, read_secret, write_keys
 from stream.zmq_producer import Producer, open_producer

@@ -1,19 +1,16 @@
 """The service: a source in, events out, until it is told to stop.
 
-What is the same for all sources: the engine, health and metrics, signals, the bundle that is taken anew. The
-loops are in `stream.zmq_worker` and `stream.kafka_worker`.
+What is the same for all sources: the engine, health and metrics, the bundle that is taken anew. The loops are
+in `stream.zmq_worker` and `stream.kafka_worker`.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
-from types import FrameType
 
 from engine.choice import open_session
 from stream import kafka_worker, zmq_worker
@@ -26,8 +23,6 @@ from stream.reload import Reload
 from stream.surroundings import Stopped, Surroundings
 
 log = logging.getLogger(__name__)
-
-_MARGIN_SECONDS = 5.0
 
 
 def serve(
@@ -73,42 +68,3 @@ def serve(
         notifier.stopping()
     log.info("stopped: %s", counters.summary())
     return counters
-
-
-@contextmanager
-def stopped_by_signals(reload: Reload, grace: float) -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set; SIGHUP asks `reload`.
-
-    A second signal does what it did before: it kills. So does this, where all is not over `grace` seconds and
-    some after the first: every wait is bounded, but who would know that of every library.
-    """
-    stop, over = threading.Event(), threading.Event()
-    threading.Thread(target=_end_late, args=(stop, over, grace), name="grace", daemon=True).start()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            reload.request()
-            return
-        stop.set()
-        restore()
-
-    for number in before:
-        signal.signal(number, on_signal)
-    try:
-        yield stop
-    finally:
-        over.set()
-        restore()
-
-
-def _end_late(stop: threading.Event, over: threading.Event, grace: float) -> None:
-    stop.wait()
-    seconds = grace + _MARGIN_SECONDS
-    if not over.wait(seconds):
-        log.error("not over %g s after the signal, `grace` is %g; ended at once", seconds, grace)
-        os._exit(1)

@@ -16,11 +16,11 @@ from tests.stream.test_zmq_worker import SlowSession, message
 STUCK = """
 import logging, time
 from pathlib import Path
-from stream import service
+from stream import signals
 from stream.reload import Reload
 logging.basicConfig()
-service._MARGIN_SECONDS = 0.5
-with service.stopped_by_signals(Reload(Path("none"), watch=False), 0.5) as stop:
+signals._MARGIN_SECONDS = 0.5
+with signals.stopped_by_signals(Reload(Path("none"), watch=False), 0.5) as stop:
     print("ready", flush=True)
     while True:
         time.sleep(1)
@@ -54,3 +54,56 @@ def test_a_process_that_does_not_come_to_an_end_is_ended() -> None:
         process.kill()
     assert process.returncode == 1
     assert "not over 1 s after the signal, `grace` is 0.5; ended at once" in log
+
+
+def test_a_bundle_asked_for_at_the_end_is_no_reason_to_die(tiny_bundle: Path, tmp_path: Path) -> None:
+    script = (
+        "import os, signal, threading\n"
+        "from pathlib import Path\n"
+        "from stream.reload import Reload\n"
+        "from stream.signals import stopped_by_signals\n"
+        "reload = Reload(Path('none'), watch=False)\n"
+        "with stopped_by_signals(reload, 30.0) as stop:\n"
+        "    for _ in range(2000):\n"  # also while something holds a lock
+        "        os.kill(os.getpid(), signal.SIGHUP)\n"
+        "        reload.is_due()\n"
+        "        stop.wait(0.0)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    assert stop.wait(30)\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_log_that_nobody_reads_holds_up_nothing() -> None:
+    script = (
+        "import logging, sys, time\n"
+        "from stream import logs\n"
+        "logs.setup('text')\n"
+        "for number in range(5000):\n"
+        "    logging.getLogger('x').warning('%05d %s', number, 'x' * 100)\n"
+        "print('through', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "logging.getLogger('x').warning('the last')\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "through\n"
+        _, log = process.communicate("go\n", timeout=60)
+    lines = log.splitlines()
+    numbers = [int(line.split()[3]) for line in lines if line.endswith("xxx")]
+    assert numbers == list(range(len(numbers)))
+    assert 0 < len(numbers) < 5000
+    assert lines[-2].endswith("the last")
+    assert lines[-1].endswith(f"{5000 - len(numbers)} lines of this log were lost: nobody read it")

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,12 +92,23 @@ class Chaos:
         """Feed `messages` over so many seconds of trouble; the committed events after the last has ended."""
         feeding = threading.Thread(target=self._feed, args=(messages, seconds))
         feeding.start()
+        kinds = (
+            self._kill,
+            self._kill,
+            self._restart,
+            self._come_and_go,
+            self._cut,
+            self._freeze,
+            self._burst,
+            self._rubbish,
+        )
+        waiting: list[Callable[[], None]] = []
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(self._rng.uniform(0.5, 5.0))
-            kinds = (self._kill, self._kill, self._restart, self._come_and_go, self._cut)
-            abuses = (self._freeze, self._burst, self._rubbish)
-            self._rng.choice(kinds if self._rng.random() < 0.6 else abuses)()
+            if not waiting:  # each has its turn, in a new order
+                waiting = self._rng.sample(kinds, len(kinds))
+            waiting.pop()()
             self._replace_ended()
         feeding.join()
         self._burst(is_last=True)
@@ -142,7 +153,7 @@ class Chaos:
                 self._workers[place] = self._new_worker()
 
     def _burst(self, is_last: bool = False) -> None:
-        """Minutes of one stream at once, small on the wire."""
+        """Minutes of one stream at once, small on the wire; the last message of all ends it."""
         for number in range(_BURST):
             seq = len(self.flood) * len(_FLOOD)
             end = is_last and number == _BURST - 1

@@ -102,7 +102,7 @@ class Chaos:
             self._burst,
             self._rubbish,
         )
-        waiting: list[Callable[[], None]] = []
+        waiting: list[Callable[[], None]] = [self._burst]
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(self._rng.uniform(0.5, 5.0))

@@ -37,8 +37,8 @@ lint: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python -m tests.benchmarks.bench --output bench
 
-# A broker that is away for two minutes under load; then ten minutes of killed workers and brokers, which end with
-# one line of counts. Needs Java, and Maven or KAFKA_HOME.
+# A broker that is away for two minutes under load; then ten minutes of killed and frozen workers, killed brokers, a
+# flood and garbage, which end with one line of counts. Needs Java, and Maven or KAFKA_HOME.
 chaos: .venv/.dev
 	ONSET_CHAOS_SECONDS=120 $(BIN)/python -m pytest -q --timeout 900 tests/stream/test_kafka_sink.py -k dies_under_load
 	$(BIN)/python -m tests.kafka.chaos --seconds 600 --brokers 3

@@ -2,31 +2,47 @@
 
     python -m tests.kafka.chaos --seconds 600 --brokers 3
 
-While messages come in, at random moments a worker is killed and another started, a broker is killed or
-stopped and started again, a worker joins or leaves the group, the network to a broker is cut. It ends with
-one line of counts, and fails unless nothing was lost or told twice, byte for byte and in order.
+While messages come in, at random moments a worker is killed and another started, or stands still for longer
+than its group waits; a broker is killed or stopped and started again, a worker joins or leaves the group, the
+network to a broker is cut; one more stream floods its partition with compressed messages of a minute each,
+and records come that nobody can read. It ends with one line of counts, and fails unless nothing was lost or
+told twice, byte for byte and in order, of the flood either.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stream.wire import Message
+from stream.wire import Limits, Message
 from tests.kafka.broker import Cluster
-from tests.kafka.flow import Feed, WorkerProcess, await_ends, expected_events, messages_of, worker_config
+from tests.kafka.flow import (
+    RATE,
+    Feed,
+    WorkerProcess,
+    await_ends,
+    expected_events,
+    messages_of,
+    wave,
+    worker_config,
+)
+from tests.stream.fuzzer import Fuzzer
 
 STREAMS, WORKERS = 8, 3
 # Samples of a stream in a second of chaos: ten times real time.
 _SAMPLES_A_SECOND = 500
+# Of one message of the flood, 66 s; and how many of them come at once.
+_FLOOD = wave(99, 3300)
+_BURST = 5
 
 
 @dataclass
@@ -37,6 +53,9 @@ class Outcome:
     restarts: int = 0
     rebalances: int = 0
     cuts: int = 0
+    freezes: int = 0
+    bursts: int = 0
+    garbage: int = 0
     events: int = 0
     lost: int = 0
     duplicated: int = 0
@@ -45,6 +64,7 @@ class Outcome:
     def __str__(self) -> str:
         return (
             f"kills {self.kills} restarts {self.restarts} rebalances {self.rebalances} cuts {self.cuts} "
+            f"freezes {self.freezes} bursts {self.bursts} garbage {self.garbage} "
             f"events {self.events} lost {self.lost} duplicated {self.duplicated}"
         )
 
@@ -58,23 +78,44 @@ class Chaos:
         topics = {"frames": "frames", "events": "events"}
         cluster.create_topic("frames", 6)
         cluster.create_topic("events", 4)
-        self._config = worker_config(folder, bundle, cluster, topics)
+        # The flood comes in bursts: a pause between two of them is not its end.
+        self._config = worker_config(folder, bundle, cluster, topics, idle_timeout=3600.0)
         self._workers = [self._new_worker() for _ in range(WORKERS)]
+        self._abuse = Feed(cluster, "frames", compression="gzip")
+        names = [f"s{number}" for number in range(STREAMS)]
+        self._hostile = iter(Fuzzer(seed, Limits(RATE, 3, 2**20), [*names, "flood"], epoch=1))
         self.outcome = Outcome()
+        self.flood: list[Message] = []
+        """what was sent of the stream that floods"""
 
     def run(self, messages: Sequence[Message], seconds: float) -> dict[str, list[bytes]]:
         """Feed `messages` over so many seconds of trouble; the committed events after the last has ended."""
         feeding = threading.Thread(target=self._feed, args=(messages, seconds))
         feeding.start()
+        kinds = (
+            self._kill,
+            self._kill,
+            self._restart,
+            self._come_and_go,
+            self._cut,
+            self._freeze,
+            self._burst,
+            self._rubbish,
+        )
+        waiting: list[Callable[[], None]] = [self._burst]
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(self._rng.uniform(0.5, 5.0))
-            kinds = (self._kill, self._kill, self._restart, self._come_and_go, self._cut)
-            self._rng.choice(kinds)()
+            if not waiting:  # each has its turn, in a new order
+                waiting = self._rng.sample(kinds, len(kinds))
+            waiting.pop()()
+            self._replace_ended()
         feeding.join()
+        self._burst(is_last=True)
+        self._abuse.close()
         streams = [f"s{i}" for i in range(STREAMS)]
         try:
-            return await_ends(self._cluster, "events", streams, 180)
+            return await_ends(self._cluster, "events", [*streams, "flood"], 240)
         finally:
             for worker in self._workers:
                 worker.kill()
@@ -95,6 +136,41 @@ class Chaos:
         self._workers[place].kill()
         self._workers[place] = self._new_worker()
         self.outcome.kills += 1
+
+    def _freeze(self) -> None:
+        """Long enough to be put out of the group, or not; it may come back to find another in its place."""
+        process = self._rng.choice(self._workers).process
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(self._rng.choice((1.0, 4.0, 7.0)))
+        process.send_signal(signal.SIGCONT)
+        self.outcome.freezes += 1
+
+    def _replace_ended(self) -> None:
+        """What a supervisor does: one whose place another has taken may end by itself."""
+        for place, worker in enumerate(self._workers):
+            if worker.process.poll() is not None:
+                worker.kill()
+                self._workers[place] = self._new_worker()
+
+    def _burst(self, is_last: bool = False) -> None:
+        """Minutes of one stream at once, small on the wire; the last message of all ends it."""
+        for number in range(_BURST):
+            seq = len(self.flood) * len(_FLOOD)
+            end = is_last and number == _BURST - 1
+            self.flood.append(Message("flood", seq, _FLOOD, RATE, 1, end=end))
+        self._abuse.send(self.flood[-_BURST:])
+        self.outcome.bursts += 1
+
+    def _rubbish(self) -> None:
+        """Records that cannot be read, in all partitions."""
+        sent = 0
+        while sent < 200:
+            shot = next(self._hostile)
+            if shot.reason is not None:
+                key = self._rng.choice((b"s0", b"flood", b"", self._rng.randbytes(8)))
+                self._abuse.send_bytes(key, shot.data or None)
+                sent += 1
+        self.outcome.garbage += sent
 
     def _restart(self) -> None:
         broker = self._rng.randrange(self._brokers)
@@ -127,6 +203,7 @@ def run(bundle: Path, folder: Path, seconds: float, brokers: int, seed: int) -> 
     with Cluster(folder / "kafka", brokers=brokers, advertised_through_proxy=True) as cluster:
         chaos = Chaos(bundle, folder, cluster, brokers, seed)
         found = chaos.run(messages, seconds)
+    expected |= expected_events(bundle, chaos.flood)
     outcome = chaos.outcome
     for stream in expected.keys() | found.keys():
         wanted, got = Counter(expected.get(stream, ())), Counter(found.get(stream, ()))

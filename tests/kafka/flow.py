@@ -81,10 +81,11 @@ def expected_events(bundle: Path, messages: Sequence[Message]) -> dict[str, list
 class Feed:
     """A producer of wire messages, keyed by stream."""
 
-    def __init__(self, cluster: Cluster, topic: str) -> None:
+    def __init__(self, cluster: Cluster, topic: str, compression: str | None = None) -> None:
         self._topic = topic
         self._producer = KafkaProducer(
             **cluster.client_settings(),
+            compression_type=compression,
             enable_idempotence=True,
             acks="all",
             delivery_timeout_ms=600_000,

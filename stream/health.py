@@ -111,7 +111,7 @@ class HealthServer:
     def __init__(self, settings: HttpSettings, health: Health, registry: CollectorRegistry) -> None:
         """Raises ConfigError when the address cannot be bound."""
         self._health, self._exposition = health, Exposition(registry)
-        self._open: dict[asyncio.Task[None], None] = {}  # oldest first
+        self._open: dict[asyncio.Task[None], asyncio.StreamWriter] = {}  # oldest first
         listener = _listen(settings.address)
         host, port = listener.getsockname()[:2]
         self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -132,10 +132,10 @@ class HealthServer:
     async def _serve(self, listener: socket.socket) -> None:
         accepting = asyncio.create_task(self._accept(listener))
         await self._stop.wait()
-        others = asyncio.all_tasks() - {asyncio.current_task()} | {accepting}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        accepting.cancel()
+        for writer in self._open.values():
+            writer.transport.abort()
+        await asyncio.gather(accepting, *self._open, return_exceptions=True)
         listener.close()
 
     async def _accept(self, listener: socket.socket) -> None:
@@ -165,10 +165,9 @@ class HealthServer:
         task = asyncio.current_task()
         assert task is not None
         if len(self._open) >= _MAX_CONNECTIONS:
-            oldest = next(iter(self._open))
-            del self._open[oldest]
-            oldest.cancel()
-        self._open[task] = None
+            # Not its task is cancelled, which asyncio would log: without a connection it ends by itself.
+            self._open.pop(next(iter(self._open))).transport.abort()
+        self._open[task] = writer
         try:
             await asyncio.wait_for(self._exchange(reader, writer), _DEADLINE_SECONDS)
         except (asyncio.TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):

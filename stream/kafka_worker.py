@@ -136,7 +136,7 @@ class Worker:
         """Until it is to stop. Raises KafkaError, DataError."""
         while not self._around.stop.is_set():
             self._round()
-            if self._around.replacement.is_there():
+            if self._around.replacement.is_there(self.session.manifest):
                 self._swap()
         self._commit(at_once=True)
 

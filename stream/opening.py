@@ -6,12 +6,16 @@ bundle that it has. A session is made in one thread and used in another, which i
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 
+from engine.manifest import Manifest
 from engine.session import Session
 from stream.reload import Reload
+
+log = logging.getLogger(__name__)
 
 
 class Opening:
@@ -34,6 +38,11 @@ class Opening:
         """Whether it is over, after so many seconds at most."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """Of what was opened; None where that failed, or is not over."""
+        return None if self._session is None else self._session.manifest
 
     def result(self) -> Session:
         """The session, once it is over. Raises what opening it raised."""
@@ -64,11 +73,20 @@ class Replacement:
         """What was taken cannot be used, and `bundle` goes on; see `Reload.refused`."""
         self._reload.refused(bundle, problem)
 
-    def is_there(self) -> bool:
-        """Whether `take` has something to give; to be asked in each round of the main loop."""
+    def is_there(self, current: Manifest) -> bool:
+        """Whether `take` has something to give; to be asked in each round of the main loop.
+
+        A bundle that is what it was, as `current` says, takes over nothing: no stream would be the better
+        for it, and their grids and actions would begin anew.
+        """
         if self._opening is None and self._reload.is_due():
             self._opening = Opening(self._engine)
-        return self._opening is not None and self._opening.wait(0.0)
+        if self._opening is None or not self._opening.wait(0.0):
+            return False
+        if self._opening.manifest == current:
+            log.info("the bundle is what it was, %s: all goes on", current.id)
+            self._opening = None
+        return self._opening is not None
 
     def take(self) -> Session:
         """The session; once. Raises what opening it raised."""

@@ -84,6 +84,11 @@ class Runtime:
         return list(self._streams)
 
     @property
+    def manifest(self) -> Manifest:
+        """Of the bundle that is used."""
+        return self._session.manifest
+
+    @property
     def rate(self) -> float:
         """Samples a second of every stream."""
         return self._rate

@@ -101,7 +101,7 @@ class Worker:
             self._receive(source)
             self._advance()
             self._look_for_silence(source)
-            if around.replacement.is_there():
+            if around.replacement.is_there(runtime.manifest):
                 self._swap()
         log.info("stopping: %d streams are open", len(runtime.streams))
         until = min(time.monotonic() + _DRAIN_SECONDS, self._work_until)

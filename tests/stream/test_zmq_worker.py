@@ -275,14 +275,19 @@ def test_whatever_a_swap_raises_the_old_bundle_goes_on_and_the_log_says_why(
     monkeypatch.setattr(choice, "OnnxSession", Unforeseen)
     path = tmp_path / "events.jsonl"
     samples, short = wave(3, 1000), wave(4, 10)
-    reload = Reload(tiny_bundle, watch=False)
-    with running(config_of(tiny_bundle, path), reload) as send:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    reload = Reload(bundle, watch=False)
+    with running(config_of(bundle, path), reload) as send:
         send(message("one", samples, 0, 500))
         send(encode(Message("short", 0, short, RATE)))
         await_event(path, "short", "stream.started")
         await_event(path, "one", "stream.started")
         for number, failing in enumerate(("opened", "used"), 1):
             monkeypatch.setattr(Unforeseen, "failing", failing)
+            manifest = json.loads((bundle / "bundle.json").read_text())
+            manifest["training"]["steps"] = number  # else it is what it was, and takes over nothing
+            (bundle / "bundle.json").write_text(json.dumps(manifest))
             reload.request()
             deadline = time.monotonic() + 30
             while caplog.text.count("the bundle stays tiny@") < number:

@@ -64,9 +64,7 @@ class Connection:
 
     @property
     def wants_to_write(self) -> bool:
-        """Whether something is to be sent, now."""
-        # To a side that has hung up, an answer would bring a reset, and the rest of what it had sent would be
-        # lost on its way: an established connection is answered once all that has come is read.
+        """Whether something is to be sent, now, as far as it is known without asking the kernel."""
         return bool(self.link.output) and not self.is_gone and (self.is_drained or not self.link.is_ready)
 
     @property
@@ -92,7 +90,7 @@ class Connection:
         if not size:
             self.is_gone = self.is_drained = True
             return
-        self.is_drained = size < _RECV_BYTES
+        self.is_drained = size < _RECV_BYTES or self._has_no_more()
         self.clocks.heard, self.clocks.asked = now, 0.0
         self.link.feed(self._scratch[:size])
         self.parse()
@@ -134,8 +132,16 @@ class Connection:
         self._items.appendleft(payload)
 
     def write(self) -> None:
-        """Send what is to be sent, as far as the kernel takes it."""
+        """Send what is to be sent, as far as the kernel takes it, and not before all that has come is read.
+
+        To a side that has hung up, an answer would bring a reset, and the rest of what it had sent would be
+        lost on its way. More may have come since it was read last.
+        """
         output = self.link.output
+        if self.link.is_ready and output:
+            self.is_drained = self._has_no_more()
+            if not self.is_drained:
+                return
         try:
             while output:
                 del output[: self.socket.send(output)]
@@ -151,6 +157,15 @@ class Connection:
             self._items.clear()
             self._is_broken = True
         self.socket.close()
+
+    def _has_no_more(self) -> bool:
+        try:
+            self.socket.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return True
+        except OSError:  # it is gone: `read` finds out
+            pass
+        return False
 
     def _answer(self, ping: Ping) -> None:
         if len(self.link.output) < _OUTPUT_BYTES:

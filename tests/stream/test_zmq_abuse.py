@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import select
 import signal
 import socket
 import struct
@@ -10,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import zmq
 
-from stream import zmq_source
+from stream import zmq_connection, zmq_source
 from stream.counters import Counters
+from stream.zmq_connection import Connection
 from stream.zmq_producer import open_producer
 from stream.zmq_settings import ZmqSettings
 from stream.zmq_source import ZmqSource
@@ -96,6 +99,47 @@ def test_nothing_is_lost_of_a_producer_that_pings_and_leaves(source: ZmqSource) 
 
     found = exchange(source, leave)
     assert [int.from_bytes(data[:4], "big") for data in found] == list(range(2000))
+
+
+def shaken(source: ZmqSource) -> socket.socket:
+    """A connection behind its handshake, of which it has read everything."""
+    connection = raw(source, GREETING, READY)
+    serve_until(source, lambda: any(known.link.is_ready for known in source._connections))
+    left = len(GREETING) + len(READY)
+    while left:
+        left -= len(connection.recv(left))
+    return connection
+
+
+def test_nobody_is_answered_before_what_came_since_the_last_look_is_read(source: ZmqSource) -> None:
+    connection = shaken(source)
+    connection.sendall(b"\x00\x01A" + PING + b"\x00\x01B")
+    assert source.wait(20)
+    message = b"\x02" + (10_000).to_bytes(8, "big") + bytes(10_000)
+    connection.setblocking(False)
+    whole, sent = 2, len(message)
+    while sent == len(message):  # as much as the kernel takes, the last not whole
+        sent = 0
+        with suppress(BlockingIOError):
+            while sent < len(message):
+                sent += connection.send(message[sent:])
+        whole += sent == len(message)
+    connection.close()
+    assert len(drain(source)) == whole
+
+
+def test_a_ping_at_the_very_end_of_what_is_read_at_once_is_answered(
+    source: ZmqSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zmq_connection, "_RECV_BYTES", 1024)
+    monkeypatch.setattr(Connection, "_scratch", memoryview(bytearray(1024)))
+    with shaken(source) as connection:
+        size = 1024 - len(PING) - 9
+        connection.sendall(b"\x02" + size.to_bytes(8, "big") + bytes(size) + PING)
+        connection.setblocking(False)
+        assert receive(source) == bytes(size)
+        serve_until(source, lambda: bool(select.select([connection], [], [], 0)[0]))
+        assert connection.recv(64) == b"\x04\x05\x04PONG"
 
 
 def test_what_a_lost_connection_took_with_it_is_sent_again(source: ZmqSource) -> None:

@@ -16,6 +16,8 @@ from stream.zmtp import Link, Payload, Ping
 _RECV_BYTES = 256 * 1024
 # Beside messages that wait, so much is read ahead; a message that is not whole yet is read to its end.
 _AHEAD_BYTES = 64 * 1024
+# What an item that waits takes beside its bytes, about.
+_ITEM_BYTES = 128
 # Where these would be overrun by answers that the other side does not read, it gets no more of them.
 _OUTPUT_BYTES = 64 * 1024
 
@@ -50,6 +52,7 @@ class Connection:
         self.has_sent = False
         self._most = most
         self._items: deque[Payload | Ping] = deque()
+        self._waiting = 0  # the memory that these take
         self._is_broken = False  # what came last is no ZMTP: nothing behind it is read
 
     def __hash__(self) -> int:
@@ -75,8 +78,7 @@ class Connection:
     @property
     def held_bytes(self) -> int:
         """Memory that it takes."""
-        waiting = sum(len(i.first) + len(i.second) for i in self._items if isinstance(i, Payload))
-        return self.link.buffered + waiting
+        return self.link.buffered + self._waiting
 
     def read(self, now: float) -> None:
         """Read once what the kernel has. Raises WireError."""
@@ -104,6 +106,7 @@ class Connection:
                     return
                 if isinstance(item, Payload) or (isinstance(item, Ping) and self._items):
                     self._items.append(item)
+                    self._waiting += _size(item)
                 elif isinstance(item, Ping):
                     self._answer(item)
         except WireError:
@@ -117,6 +120,7 @@ class Connection:
             if isinstance(item, Payload):
                 return True
             self._items.popleft()
+            self._waiting -= _size(item)
             self._answer(item)
         return False
 
@@ -124,12 +128,14 @@ class Connection:
         """The next message; after `settle` only."""
         item = self._items.popleft()
         assert isinstance(item, Payload)
+        self._waiting -= _size(item)
         self.has_sent = True
         return item
 
     def put_back(self, payload: Payload) -> None:
         """What was taken last has found no room."""
         self._items.appendleft(payload)
+        self._waiting += _size(payload)
 
     def write(self) -> None:
         """Send what is to be sent, as far as the kernel takes it, and not before all that has come is read.
@@ -155,6 +161,7 @@ class Connection:
         self.is_gone = self.is_closed = True
         if forget:
             self._items.clear()
+            self._waiting = 0
             self._is_broken = True
         self.socket.close()
 
@@ -170,3 +177,7 @@ class Connection:
     def _answer(self, ping: Ping) -> None:
         if len(self.link.output) < _OUTPUT_BYTES:
             self.link.pong(ping)
+
+
+def _size(item: Payload | Ping) -> int:
+    return _ITEM_BYTES + (len(item.first) + len(item.second) if isinstance(item, Payload) else 0)

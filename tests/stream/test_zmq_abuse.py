@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -22,6 +23,7 @@ from stream.zmq_connection import Connection
 from stream.zmq_producer import open_producer
 from stream.zmq_settings import ZmqSettings
 from stream.zmq_source import ZmqSource
+from stream.zmtp import Link, Payload, Ping, Plain
 from tests.stream.served import drain, exchange, produce, receive, send_all, serve_until
 
 GREETING = b"\xff" + bytes(7) + b"\x01\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
@@ -205,6 +207,52 @@ def test_messages_that_never_become_whole_are_bounded_in_all(
     assert exchange(source, send_all(source.address, b"hello")) == [b"hello"]
     for connection in stalled:
         connection.close()
+
+
+def test_empty_messages_take_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq_source, "_WAITING_BYTES", 1)
+    source = ZmqSource(
+        ZmqSettings(endpoint="tcp://127.0.0.1:*", max_message_bytes=1024, high_water_mark=10_000), Counters()
+    )
+    with source, raw(source, GREETING, READY) as flood:
+        flood.sendall(b"\x00\x00" * 5_000)
+        deadline = time.monotonic() + 20
+        while not refused(source, "memory"):  # of which nothing is taken
+            assert time.monotonic() < deadline
+            source.wait(0.01)
+            time.sleep(0.01)
+
+
+def test_an_answer_counts_although_the_connection_was_reset_behind_it() -> None:
+    def serve(listener: socket.socket, most: int) -> list[bytes]:
+        connection, _ = listener.accept()
+        link = Link("PULL", ("PUSH",), Plain(), 1024)
+        found: list[bytes] = []
+        while True:
+            item = link.next()
+            if isinstance(item, Payload):
+                found.append(item.first)
+            elif isinstance(item, Ping):
+                link.pong(item)
+            connection.sendall(link.output)
+            link.output.clear()
+            if isinstance(item, Ping) and len(found) == most:
+                reset(connection)
+                return found
+            if item is None:
+                link.feed(connection.recv(4096))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(serve, listener, 4)
+        producer = open_producer(f"tcp://127.0.0.1:{listener.getsockname()[1]}", high_water_mark=16)
+        for number in range(4):
+            producer.send_bytes(b"%d" % number)  # the last one with a ping behind it
+        assert first.result(20) == [b"0", b"1", b"2", b"3"]
+        second = pool.submit(serve, listener, 4)
+        for number in range(4, 8):
+            producer.send_bytes(b"%d" % number)
+        producer.close()
+        assert second.result(20) == [b"4", b"5", b"6", b"7"]
 
 
 def test_a_service_that_waits_costs_next_to_nothing_whatever_its_peers_do(source: ZmqSource) -> None:

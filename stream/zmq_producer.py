@@ -275,7 +275,8 @@ class ZmqProducer:
 
     def _lose(self, problem: Exception) -> None:
         """Another connection takes over what is not known to have arrived."""
-        assert self._socket is not None and self._link is not None
+        assert self._socket is not None
+        assert self._link is not None
         if isinstance(problem, OSError):
             with suppress(OSError, WireError):  # what could not be sent met an end; answers came before it
                 self._hear(self._link, 0.0)

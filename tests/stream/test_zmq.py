@@ -183,3 +183,19 @@ def test_endpoints(uri: str, expected: Endpoint) -> None:
 def test_what_is_no_endpoint(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"expected pull\+bind:ADDRESS"):
         parse_endpoint(uri, ("pull", "sub"), bind=True)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "tcp://127.0.0.1:65536",
+        "tcp://127.0.0.1:*",
+        "tcp://a..b:5555",
+        f"tcp://{'a' * 300}:5555",
+        f"ipc:///tmp/{'a' * 120}.sock",
+        "ipc:///tmp/a\0b",
+    ],
+)
+def test_where_no_socket_can_ever_get_is_told_at_once(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"^endpoint .*(found|no name of a host)"):
+        ZmqSource(ZmqSettings(endpoint=f"pull+connect:{address}"), Counters())

@@ -93,9 +93,6 @@ class Outlet:
     def put(self, events: Sequence[Event], timeout: float) -> bool:
         """Take `events`, in order; False: there was no room for them within `timeout` seconds."""
         with self._lock:
-            if self._is_gone:
-                self._lose(len(events))
-                return True
             if not self._has_room(len(events)):
                 if not self._drop_oldest:
                     if not self._lock.wait_for(lambda: self._has_room(len(events)), timeout):
@@ -105,6 +102,9 @@ class Outlet:
                     for _ in range(excess):
                         self._queue.popleft()
                     self._lose(excess)
+            if self._is_gone:  # by now: it may have gone while it was waited for
+                self._lose(len(events))
+                return True
             self._queue.extend(events)
             self._lock.notify_all()
         return True

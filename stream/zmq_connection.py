@@ -16,6 +16,8 @@ from stream.zmtp import Link, Payload, Ping
 _RECV_BYTES = 256 * 1024
 # Beside messages that wait, so much is read ahead; a message that is not whole yet is read to its end.
 _AHEAD_BYTES = 64 * 1024
+# What an item that waits takes beside its bytes, about.
+_ITEM_BYTES = 128
 # Where these would be overrun by answers that the other side does not read, it gets no more of them.
 _OUTPUT_BYTES = 64 * 1024
 
@@ -50,6 +52,7 @@ class Connection:
         self.has_sent = False
         self._most = most
         self._items: deque[Payload | Ping] = deque()
+        self._waiting = 0  # the memory that these take
         self._is_broken = False  # what came last is no ZMTP: nothing behind it is read
 
     def __hash__(self) -> int:
@@ -64,9 +67,7 @@ class Connection:
 
     @property
     def wants_to_write(self) -> bool:
-        """Whether something is to be sent, now."""
-        # To a side that has hung up, an answer would bring a reset, and the rest of what it had sent would be
-        # lost on its way: an established connection is answered once all that has come is read.
+        """Whether something is to be sent, now, as far as it is known without asking the kernel."""
         return bool(self.link.output) and not self.is_gone and (self.is_drained or not self.link.is_ready)
 
     @property
@@ -77,8 +78,7 @@ class Connection:
     @property
     def held_bytes(self) -> int:
         """Memory that it takes."""
-        waiting = sum(len(i.first) + len(i.second) for i in self._items if isinstance(i, Payload))
-        return self.link.buffered + waiting
+        return self.link.buffered + self._waiting
 
     def read(self, now: float) -> None:
         """Read once what the kernel has. Raises WireError."""
@@ -92,7 +92,7 @@ class Connection:
         if not size:
             self.is_gone = self.is_drained = True
             return
-        self.is_drained = size < _RECV_BYTES
+        self.is_drained = size < _RECV_BYTES or self._has_no_more()
         self.clocks.heard, self.clocks.asked = now, 0.0
         self.link.feed(self._scratch[:size])
         self.parse()
@@ -106,6 +106,7 @@ class Connection:
                     return
                 if isinstance(item, Payload) or (isinstance(item, Ping) and self._items):
                     self._items.append(item)
+                    self._waiting += _size(item)
                 elif isinstance(item, Ping):
                     self._answer(item)
         except WireError:
@@ -119,6 +120,7 @@ class Connection:
             if isinstance(item, Payload):
                 return True
             self._items.popleft()
+            self._waiting -= _size(item)
             self._answer(item)
         return False
 
@@ -126,16 +128,26 @@ class Connection:
         """The next message; after `settle` only."""
         item = self._items.popleft()
         assert isinstance(item, Payload)
+        self._waiting -= _size(item)
         self.has_sent = True
         return item
 
     def put_back(self, payload: Payload) -> None:
         """What was taken last has found no room."""
         self._items.appendleft(payload)
+        self._waiting += _size(payload)
 
     def write(self) -> None:
-        """Send what is to be sent, as far as the kernel takes it."""
+        """Send what is to be sent, as far as the kernel takes it, and not before all that has come is read.
+
+        To a side that has hung up, an answer would bring a reset, and the rest of what it had sent would be
+        lost on its way. More may have come since it was read last.
+        """
         output = self.link.output
+        if self.link.is_ready and output:
+            self.is_drained = self._has_no_more()
+            if not self.is_drained:
+                return
         try:
             while output:
                 del output[: self.socket.send(output)]
@@ -149,9 +161,23 @@ class Connection:
         self.is_gone = self.is_closed = True
         if forget:
             self._items.clear()
+            self._waiting = 0
             self._is_broken = True
         self.socket.close()
+
+    def _has_no_more(self) -> bool:
+        try:
+            self.socket.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return True
+        except OSError:  # it is gone: `read` finds out
+            pass
+        return False
 
     def _answer(self, ping: Ping) -> None:
         if len(self.link.output) < _OUTPUT_BYTES:
             self.link.pong(ping)
+
+
+def _size(item: Payload | Ping) -> int:
+    return _ITEM_BYTES + (len(item.first) + len(item.second) if isinstance(item, Payload) else 0)

@@ -17,6 +17,7 @@ from engine.errors import ConfigError
 
 _URI = re.compile(r"(?:(?P<kind>[a-z]+)\+(?P<way>[a-z]+):)?(?P<address>tcp://\S+:(?:\d{1,5}|\*)|ipc://\S+)")
 _BACKLOG = 512
+_MAX_PATH_BYTES = 107  # of a Unix socket, Linux
 Target = tuple[socket.AddressFamily, object]
 """what `socket.connect` takes, and for which kind of socket"""
 
@@ -55,7 +56,29 @@ def parse_endpoint(uri: str, kinds: tuple[str, ...], bind: bool) -> Endpoint:
         )
     if match["way"] is not None:
         bind = match["way"] == "bind"
-    return Endpoint(match["address"], bind, match["kind"] or kinds[0])
+    endpoint = Endpoint(match["address"], bind, match["kind"] or kinds[0])
+    if (why := _flaw(endpoint)) is not None:
+        raise ConfigError(f"endpoint {uri!r}: {why}")
+    return endpoint
+
+
+def _flaw(endpoint: Endpoint) -> str | None:
+    """Why no socket can ever get there."""
+    if endpoint.path is not None:
+        size = len(os.fsencode(endpoint.path))
+        if size > _MAX_PATH_BYTES or "\0" in endpoint.path:
+            return f"found a path of {size} bytes, expected {_MAX_PATH_BYTES} at most, none of them NUL"
+        return None
+    host, port = endpoint.host_and_port
+    if port > 0xFFFF:
+        return f"found the port {port}, expected {0xFFFF} at most"
+    if not port and not endpoint.bind:
+        return "found no port to connect to; a free one can be had where it is bound only"
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return f"{host!r} is no name of a host"
+    return None
 
 
 def listen(endpoint: Endpoint) -> tuple[socket.socket, str]:

@@ -14,6 +14,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol
@@ -207,18 +208,22 @@ class ZmqProducer:
         """Raises OSError when the connection is lost, WireError when the other side is none for us."""
         self._feed(link)
         self._write(link)
-        self._read(link, seconds)
-        while (item := link.next()) is not None:
-            if isinstance(item, Ping):
-                link.pong(item)
-            elif isinstance(item, Pong) and len(item.context) == _NUMBER_BYTES:
-                self._acknowledge(int.from_bytes(item.context, "big"))
+        self._hear(link, seconds)
         if link.is_ready and not self._is_ready:
             self._is_ready = True
             if not link.knows_pings:
                 log.warning("%s speaks ZMTP 3.0, which has no acknowledgement", self._name)
         self._feed(link)
         self._write(link)
+
+    def _hear(self, link: Link, seconds: float) -> None:
+        """Read once, and heed what comes. Raises as `_exchange`."""
+        self._read(link, seconds)
+        while (item := link.next()) is not None:
+            if isinstance(item, Ping):
+                link.pong(item)
+            elif isinstance(item, Pong) and len(item.context) == _NUMBER_BYTES:
+                self._acknowledge(int.from_bytes(item.context, "big"))
 
     def _feed(self, link: Link) -> None:
         """Hand messages to the connection, each once, and ask about them now and then."""
@@ -270,9 +275,13 @@ class ZmqProducer:
 
     def _lose(self, problem: Exception) -> None:
         """Another connection takes over what is not known to have arrived."""
+        assert self._socket is not None
+        assert self._link is not None
+        if isinstance(problem, OSError):
+            with suppress(OSError, WireError):  # what could not be sent met an end; answers came before it
+                self._hear(self._link, 0.0)
         if self._is_ready or isinstance(problem, WireError):
             log.warning("%s: %s; %d messages are to be sent again", self._name, problem, len(self._sent))
-        assert self._socket is not None
         self._socket.close()
         self._way.lost(time.monotonic(), self._is_ready, refused=isinstance(problem, WireError))
         self._socket = self._link = None

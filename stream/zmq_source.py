@@ -332,7 +332,7 @@ class ZmqSource:
             self._see(connection)
             if connection.is_closed:
                 continue
-            if connection.wants_to_write:
+            if not connection.is_gone:
                 connection.write()
             wanted = selectors.EVENT_READ if connection.wants_to_read else 0
             wanted |= selectors.EVENT_WRITE if connection.wants_to_write else 0

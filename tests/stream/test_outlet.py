@@ -19,7 +19,7 @@ import zmq
 
 from stream.counters import Counters
 from stream.events import Event
-from stream.line_sink import FileSink
+from stream.line_sink import FileSink, LineSink
 from stream.outlet import Outlet
 from stream.wire import encode
 from tests.kafka.flow import readiness
@@ -95,6 +95,26 @@ def test_what_a_full_queue_cannot_hold_is_lost_oldest_first_and_counted(
     assert numbers_in(path) == [0, 15, 16, 17, 18, 19]
     assert lost(counters) == 14
     assert "takes events again; 14 were lost meanwhile" in caplog.text
+
+
+def test_what_waits_for_room_in_a_sink_that_goes_is_counted() -> None:
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    os.write(writer, bytes(4096))
+    counters = Counters()
+    outlet = Outlet("pipe", lambda patience: LineSink("pipe", writer, patience), counters, 1, False)
+    outlet.put(events_of([0]), 0.0)
+    until(lambda: outlet._in_flight == 1)
+    assert outlet.put(events_of([1]), 0.0)
+    late = threading.Thread(target=outlet.put, args=(events_of([2, 3]), 30.0))
+    late.start()
+    until(lambda: bool(outlet._lock._waiters))  # type: ignore[attr-defined]
+    os.close(reader)
+    late.join(30)
+    outlet.finish(time.monotonic() + 5.0)
+    outlet.join()
+    assert outlet.is_gone
+    assert lost(counters) == 4
 
 
 def test_a_queue_that_may_not_drop_says_that_it_is_full(tmp_path: Path) -> None:

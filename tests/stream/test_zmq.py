@@ -70,17 +70,15 @@ def test_a_slow_receiver_blocks_the_producer_and_loses_nothing(source: ZmqSource
 
     thread = threading.Thread(target=produce)
     thread.start()
-    serve_until(source, lambda: sent > 0)
+    found = serve_until(source, lambda: sent > 0)
     # The producer has come to a stand when it got nowhere between two looks a while apart.
     before = -1
     while sent != before:
         before = sent
         time.sleep(0.3)
     assert sent < total
-    numbers = [
-        int.from_bytes(data[:4], "big") for data in serve_until(source, lambda: not thread.is_alive(), 60)
-    ]
-    assert numbers == list(range(total))
+    found += serve_until(source, lambda: not thread.is_alive(), 60)
+    assert [int.from_bytes(data[:4], "big") for data in found] == list(range(total))
     thread.join(10)
     assert not thread.is_alive()
     assert sent == total
@@ -185,3 +183,19 @@ def test_endpoints(uri: str, expected: Endpoint) -> None:
 def test_what_is_no_endpoint(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"expected pull\+bind:ADDRESS"):
         parse_endpoint(uri, ("pull", "sub"), bind=True)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "tcp://127.0.0.1:65536",
+        "tcp://127.0.0.1:*",
+        "tcp://a..b:5555",
+        f"tcp://{'a' * 300}:5555",
+        f"ipc:///tmp/{'a' * 120}.sock",
+        "ipc:///tmp/a\0b",
+    ],
+)
+def test_where_no_socket_can_ever_get_is_told_at_once(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"^endpoint .*(found|no name of a host)"):
+        ZmqSource(ZmqSettings(endpoint=f"pull+connect:{address}"), Counters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import select
 import signal
 import socket
 import struct
@@ -10,15 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import zmq
 
-from stream import zmq_source
+from stream import zmq_connection, zmq_source
 from stream.counters import Counters
+from stream.zmq_connection import Connection
 from stream.zmq_producer import open_producer
 from stream.zmq_settings import ZmqSettings
 from stream.zmq_source import ZmqSource
+from stream.zmtp import Link, Payload, Ping, Plain
 from tests.stream.served import drain, exchange, produce, receive, send_all, serve_until
 
 GREETING = b"\xff" + bytes(7) + b"\x01\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
@@ -98,6 +103,47 @@ def test_nothing_is_lost_of_a_producer_that_pings_and_leaves(source: ZmqSource) 
     assert [int.from_bytes(data[:4], "big") for data in found] == list(range(2000))
 
 
+def shaken(source: ZmqSource) -> socket.socket:
+    """A connection behind its handshake, of which it has read everything."""
+    connection = raw(source, GREETING, READY)
+    serve_until(source, lambda: any(known.link.is_ready for known in source._connections))
+    left = len(GREETING) + len(READY)
+    while left:
+        left -= len(connection.recv(left))
+    return connection
+
+
+def test_nobody_is_answered_before_what_came_since_the_last_look_is_read(source: ZmqSource) -> None:
+    connection = shaken(source)
+    connection.sendall(b"\x00\x01A" + PING + b"\x00\x01B")
+    assert source.wait(20)
+    message = b"\x02" + (10_000).to_bytes(8, "big") + bytes(10_000)
+    connection.setblocking(False)
+    whole, sent = 2, len(message)
+    while sent == len(message):  # as much as the kernel takes, the last not whole
+        sent = 0
+        with suppress(BlockingIOError):
+            while sent < len(message):
+                sent += connection.send(message[sent:])
+        whole += sent == len(message)
+    connection.close()
+    assert len(drain(source)) == whole
+
+
+def test_a_ping_at_the_very_end_of_what_is_read_at_once_is_answered(
+    source: ZmqSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zmq_connection, "_RECV_BYTES", 1024)
+    monkeypatch.setattr(Connection, "_scratch", memoryview(bytearray(1024)))
+    with shaken(source) as connection:
+        size = 1024 - len(PING) - 9
+        connection.sendall(b"\x02" + size.to_bytes(8, "big") + bytes(size) + PING)
+        connection.setblocking(False)
+        assert receive(source) == bytes(size)
+        serve_until(source, lambda: bool(select.select([connection], [], [], 0)[0]))
+        assert connection.recv(64) == b"\x04\x05\x04PONG"
+
+
 def test_what_a_lost_connection_took_with_it_is_sent_again(source: ZmqSource) -> None:
     settings = ZmqSettings(endpoint=source.address, high_water_mark=16)
     producer = produce(source, source.address)
@@ -161,6 +207,52 @@ def test_messages_that_never_become_whole_are_bounded_in_all(
     assert exchange(source, send_all(source.address, b"hello")) == [b"hello"]
     for connection in stalled:
         connection.close()
+
+
+def test_empty_messages_take_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq_source, "_WAITING_BYTES", 1)
+    source = ZmqSource(
+        ZmqSettings(endpoint="tcp://127.0.0.1:*", max_message_bytes=1024, high_water_mark=10_000), Counters()
+    )
+    with source, raw(source, GREETING, READY) as flood:
+        flood.sendall(b"\x00\x00" * 5_000)
+        deadline = time.monotonic() + 20
+        while not refused(source, "memory"):  # of which nothing is taken
+            assert time.monotonic() < deadline
+            source.wait(0.01)
+            time.sleep(0.01)
+
+
+def test_an_answer_counts_although_the_connection_was_reset_behind_it() -> None:
+    def serve(listener: socket.socket, most: int) -> list[bytes]:
+        connection, _ = listener.accept()
+        link = Link("PULL", ("PUSH",), Plain(), 1024)
+        found: list[bytes] = []
+        while True:
+            item = link.next()
+            if isinstance(item, Payload):
+                found.append(item.first)
+            elif isinstance(item, Ping):
+                link.pong(item)
+            connection.sendall(link.output)
+            link.output.clear()
+            if isinstance(item, Ping) and len(found) == most:
+                reset(connection)
+                return found
+            if item is None:
+                link.feed(connection.recv(4096))
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(serve, listener, 4)
+        producer = open_producer(f"tcp://127.0.0.1:{listener.getsockname()[1]}", high_water_mark=16)
+        for number in range(4):
+            producer.send_bytes(b"%d" % number)  # the last one with a ping behind it
+        assert first.result(20) == [b"0", b"1", b"2", b"3"]
+        second = pool.submit(serve, listener, 4)
+        for number in range(4, 8):
+            producer.send_bytes(b"%d" % number)
+        producer.close()
+        assert second.result(20) == [b"4", b"5", b"6", b"7"]
 
 
 def test_a_service_that_waits_costs_next_to_nothing_whatever_its_peers_do(source: ZmqSource) -> None:

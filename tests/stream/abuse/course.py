@@ -127,8 +127,10 @@ def _abuse(
     descriptors = service.descriptors()
     deadline = time.monotonic() + seconds + _LATE
     abusers = _started(kinds, service, seed, every)
-    is_over = _until(lambda: not service.is_up or _over(service, streams), deadline - time.monotonic())
-    _stopped(abusers, outcome)
+    try:
+        is_over = _until(lambda: not service.is_up or _over(service, streams), deadline - time.monotonic())
+    finally:
+        _stopped(abusers, outcome)
     if not service.is_up:
         outcome.faults.append(f"it ended by itself, with status {service.process.returncode}")
         return

@@ -200,10 +200,14 @@ class Service:
         found: dict[str, list[bytes]] = {}
         known: set[int] = set()
         for path in (*self.pieces(), self.events):
-            if not path.exists() or path.stat().st_ino in known:
+            try:
+                inode, data = path.stat().st_ino, path.read_bytes()
+            except FileNotFoundError:  # moved just now: it is among the pieces, then, in the next look
                 continue
-            known.add(path.stat().st_ino)
-            for line in path.read_bytes().splitlines(keepends=True):
+            if inode in known:
+                continue
+            known.add(inode)
+            for line in data.splitlines(keepends=True):
                 if line.endswith(b"\n"):  # else it is being written
                     found.setdefault(json.loads(line)["stream"], []).append(line)
         return found

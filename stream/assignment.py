@@ -48,9 +48,7 @@ class Assignment:
         Raises BundleError when the open streams are not those that it was made for, ConfigError.
         """
         self.runtime.check_swap(session)
-        found = Assignment(session, self._config, self._topic, self._counters, self._tell)
-        found._homes = dict(self._homes)
-        return found
+        return Assignment(session, self._config, self._topic, self._counters, self._tell)
 
     @property
     def replaying(self) -> list[int]:
@@ -87,7 +85,7 @@ class Assignment:
 
     def claim(self, stream: str, number: int) -> None:
         """A message of `stream` came in a partition. Raises WireError where its others came in another."""
-        home = self._homes.setdefault(stream, number)
+        home = self._homes[stream] = self._home(stream, number)
         if home != number:
             raise WireError(
                 "partition",
@@ -120,10 +118,11 @@ class Assignment:
         self._committed |= offsets
 
     def _hear(self, events: Sequence[Event]) -> None:
-        self._tell([event for event in events if self._home(event.stream).is_news(event.stream)])
+        self._tell([e for e in events if self.partitions[self._home(e.stream)].is_news(e.stream)])
 
-    def _home(self, stream: str) -> Partition:
-        number = self._homes.get(stream)
-        if number is None:
-            number = next(n for n, partition in self.partitions.items() if stream in partition.streams)
-        return self.partitions[number]
+    def _home(self, stream: str, first: int = -1) -> int:
+        """The partition of a stream; `first`, where nothing is known of it."""
+        if (home := self._homes.get(stream)) is not None:
+            return home
+        # Who stopped before knew it: a message that came in another partition stays refused.
+        return next((number for number, found in self.partitions.items() if found.holds(stream)), first)

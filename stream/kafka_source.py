@@ -180,13 +180,19 @@ class KafkaSource:
         return 0.0 if self.has_joined else time.monotonic() - self._heard
 
     def poll(self, seconds: float) -> Polled:
-        """Wait for messages for so long, and a second more where nobody answers. Raises KafkaError."""
+        """Wait for messages for so long, and a second more where nobody answers; before the group was joined,
+        for that alone. Raises KafkaError."""
         # kafka-python 3.0.12 forgets what it had fetched of a partition that was held, unless nothing is next
         # in line; and what was next and is used up still is (look again when it changes).
         fetcher = self._consumer._fetcher
         if not fetcher._next_partition_records:
             fetcher._next_partition_records = None
-        found = self._consumer.poll(timeout_ms=round(1000 * seconds))
+        found: Mapping[TopicPartition, list[Any]] = {}
+        if self.has_joined:
+            found = self._consumer.poll(timeout_ms=round(1000 * seconds))
+        else:
+            # The client's own poll joins as well, but waits then for messages that nobody could take yet.
+            self._consumer._coordinator.poll(timeout_ms=round(1000 * seconds))
         if found:
             self._heard = time.monotonic()
         elif self.has_joined and self.silence > _QUIET_SECONDS:

@@ -39,6 +39,8 @@ CONNECT_SECONDS = 5.0
 REQUEST_SECONDS = 10.0
 # Where no messages come, a broker is asked whether it is there: so long after it was heard last, for so long.
 _QUIET_SECONDS, _ASK_SECONDS = 3.0, 1.0
+# Within this, who was given nothing joins again.
+_AGAIN_SECONDS = 1.0
 # A worker that died in a transaction holds up its successor until the broker gives the transaction up. The
 # broker looks every 10 s (transaction.abort.timed.out.transaction.cleanup.interval.ms).
 _SETTLE_SECONDS = 120.0
@@ -180,12 +182,20 @@ class KafkaSource:
         return 0.0 if self.has_joined else time.monotonic() - self._heard
 
     def poll(self, seconds: float) -> Polled:
-        """Wait for messages for so long, and a second more where nobody answers. Raises KafkaError."""
+        """Wait for messages for so long, and a second more where nobody answers; before the group was joined,
+        for that, and a second more. Raises KafkaError."""
         # kafka-python 3.0.12 forgets what it had fetched of a partition that was held, unless nothing is next
         # in line; and what was next and is used up still is (look again when it changes).
         fetcher = self._consumer._fetcher
         if not fetcher._next_partition_records:
             fetcher._next_partition_records = None
+        if not self.has_joined:
+            # The client's own poll joins as well, but waits then for messages that nobody could take yet.
+            self._consumer._coordinator.poll(timeout_ms=round(1000 * seconds))
+            if self._consumer.assignment():
+                seconds = 0.0
+            else:  # it may have joined before it knew of the topic's partitions: then it does so again
+                seconds = min(seconds, _AGAIN_SECONDS)
         found = self._consumer.poll(timeout_ms=round(1000 * seconds))
         if found:
             self._heard = time.monotonic()

@@ -7,6 +7,9 @@ partitions come and go only there. A message of hours is worked on with signs of
 worker when this one is to stop: nothing of it was committed. Whatever fails (a broker, the membership in the
 group, a transaction), the worker forgets all and begins anew from the last commit, as its successor would:
 there is one way to recover, and it is the way to start.
+
+Here is what waits for brokers, clocks and signals; the partitions and their streams are in
+`stream.assignment`.
 """
 
 from __future__ import annotations
@@ -21,18 +24,16 @@ from typing import Any
 from kafka.errors import KafkaError, RebalanceInProgressError
 
 from engine.errors import ConfigError, DataError, OnsetError, WireError
-from engine.manifest import Decoding
 from engine.session import Session
+from stream.assignment import Assignment
 from stream.backlog import Backlog
-from stream.config import ServiceConfig, overridden
+from stream.config import ServiceConfig
 from stream.dead_letters import open_dead_letters
 from stream.events import Event
 from stream.kafka_connection import explain
 from stream.kafka_delivery import open_delivery
 from stream.kafka_source import KafkaSource, KafkaSourceSettings, Polled
 from stream.listening import ListeningClock
-from stream.partition import Partition, check_marks, maker_of, warm_chunks
-from stream.runtime import Runtime
 from stream.surroundings import Stopped, Surroundings
 from stream.throttle import Throttle
 from stream.wire import Limits, decode
@@ -113,15 +114,12 @@ class Worker:
         self.session = session
         self._config, self._kafka, self._around, self._counters = config, settings, around, around.counters
         self._throttle = Throttle(log)
-        self._partitions: dict[int, Partition] = {}
         self._backlog = Backlog()
         self._polled_at = time.monotonic()
         self._gained: set[int] = set()  # while a message was worked on
-        self._offsets: dict[int, tuple[int, str]] = {}  # as they were committed last
-        self._homes: dict[str, int] = {}  # stream -> its partition
         self._committed_at = time.monotonic()
         self._listened = ListeningClock(_LONGEST_ROUND_SECONDS)
-        self._runtime = self._new_runtime(session)
+        self._assignment = Assignment(session, config, settings.topic, self._counters, self._tell)
         self._source = KafkaSource(settings, self._wait, config.dead_letters.kafka_topic)
         try:
             self._delivery = open_delivery(
@@ -147,14 +145,15 @@ class Worker:
         self._delivery.close()
         with suppress(KafkaError):
             self._source.close()
-        self._runtime.forget(self._runtime.streams)
+        runtime = self._assignment.runtime
+        runtime.forget(runtime.streams)
 
     def _round(self) -> None:
         self._around.beat()
         polled = self._poll()
         silence = self._source.silence  # now: what this round takes is no silence of the brokers
-        for number in polled.lost & self._partitions.keys():
-            self._partitions.pop(number).leave()
+        for number in polled.lost & self._assignment.partitions.keys():
+            self._assignment.leave(number)
             self._backlog.drop(number)
             with suppress(KeyError):
                 self._counters.lag_messages.remove(self._kafka.topic, str(number))
@@ -164,7 +163,7 @@ class Worker:
             self._gained = set()
             self._take_up(gained)
         told = self._read_slice()
-        for number, partition in self._partitions.items():
+        for number, partition in self._assignment.partitions.items():
             if number not in self._backlog:
                 self._source.release(number)
                 position = self._source.position(number)
@@ -188,13 +187,12 @@ class Worker:
         return polled
 
     def _report(self, silence: float) -> None:
-        replaying = [number for number, partition in self._partitions.items() if partition.is_replaying]
         missing = ""
         if silence > self._kafka.patience:
             missing = f"no broker answered for {silence:.0f} s"
         elif (joining := self._source.joining) > 0:
             missing = f"the group {self._kafka.group} is being joined, for {joining:.0f} s by now"
-        elif replaying:
+        elif replaying := self._assignment.replaying:
             missing = f"partitions {replaying} are brought back"
         self._around.health.set("source", not missing, missing)
         if max(silence, self._source.joining) > self._kafka.patience:
@@ -202,7 +200,7 @@ class Worker:
 
     def _check_hole(self, number: int, offset: int) -> None:
         """Raises DataError when messages before `offset` were deleted before they were read."""
-        expected = self._partitions[number].position
+        expected = self._assignment.partitions[number].position
         # Offsets have holes (the ends of transactions); but what was deleted is another matter.
         if offset > expected and (beginning := self._source.beginning(number)) > expected:
             raise DataError(
@@ -233,7 +231,7 @@ class Worker:
 
     def _digest(self) -> None:
         """Run the network until nothing is left to do. Raises Stopped where that takes too long by now."""
-        while self._runtime.has_ready:
+        while self._assignment.runtime.has_ready:
             self._step()
 
     def _step(self) -> None:
@@ -243,32 +241,27 @@ class Worker:
         if time.monotonic() - self._polled_at > _AWAY_SECONDS:
             # Who does not poll for long is put out of the group, and holds up its changes until then.
             polled = self._poll(is_busy=True)
-            if polled.lost & self._partitions.keys():
+            if polled.lost & self._assignment.partitions.keys():
                 raise RebalanceInProgressError  # what was told of them since the last commit is another's now
             self._gained = (self._gained - polled.lost) | polled.gained
-        self._runtime.run_ready()
+        self._assignment.runtime.run_ready()
 
     def _read(self, number: int, record: Any) -> int:
         """Take one record; returns how many samples it brought."""
-        partition = self._partitions[number]
+        partition = self._assignment.partitions[number]
         limits = Limits.of(self.session.manifest.frame, self._kafka.max_message_bytes)
         message, timestamp = None, None  # what cannot be read moves no clock either
         try:
             message = decode(record.value or b"", limits)
             timestamp = broker_time(record)
-            home = self._homes.setdefault(message.stream, number)
-            if home != number:
-                raise WireError(
-                    "partition",
-                    f"stream {message.stream!r} comes in partitions {home} and {number}; the key of a "
-                    "message has to be its stream",
-                )
+            self._assignment.claim(message.stream, number)
         except WireError as problem:
             message = None
             if not partition.is_replaying:
                 self._refuse(number, record, problem)
         if message is not None:
-            while self._runtime.ready(message.stream):  # else to take it would be to run for long, unseen
+            # Else to take it would be to run for long, unseen.
+            while self._assignment.runtime.ready(message.stream):
                 self._step()
         partition.take(record.offset, timestamp, message)
         return 0 if message is None else len(message.samples)
@@ -279,16 +272,6 @@ class Worker:
         origin = {"topic": self._kafka.topic, "partition": number, "offset": record.offset}
         self._letters.put(record.value or b"", problem.reason, str(problem), origin)
 
-    def _hear(self, events: Sequence[Event]) -> None:
-        """What the runtime says: told, if it is news."""
-        self._tell([event for event in events if self._home(event.stream).is_news(event.stream)])
-
-    def _home(self, stream: str) -> Partition:
-        number = self._homes.get(stream)
-        if number is None:
-            number = next(n for n, partition in self._partitions.items() if stream in partition.streams)
-        return self._partitions[number]
-
     def _tell(self, events: Sequence[Event]) -> None:
         if events:
             self._delivery.tell(events)
@@ -297,7 +280,7 @@ class Worker:
     def _look_at_clocks(self, told: Collection[int]) -> None:
         """Lose streams that fell silent. `told`: partitions whose clock a broker has just set."""
         seconds = self._listened.caught_up()
-        for number, partition in self._partitions.items():
+        for number, partition in self._assignment.partitions.items():
             if partition.is_replaying:
                 continue
             lag = self._source.lag(number)
@@ -321,52 +304,17 @@ class Worker:
         if not (is_due or self._delivery.is_waiting):
             return
         self._committed_at = now
-        state: list[tuple[int, bytes, bytes | None]] = []
-        offsets: dict[int, tuple[int, str]] = {}
-        for number, partition in self._partitions.items():
-            if partition.is_replaying:
-                continue
-            records, rewind = partition.checkpoint()
-            offset = (partition.position, rewind.to_text())
-            if records or offset != self._offsets.get(number):
-                state += [(number, key, value) for key, value in records]
-                offsets[number] = offset
+        records, offsets = self._assignment.checkpoint()
         if offsets or self._delivery.is_waiting:
-            self._delivery.commit(state, offsets)
-            self._offsets |= offsets
-        self._homes = {
-            stream: number
-            for stream, number in self._homes.items()
-            if number in self._partitions and self._runtime.life(stream) is not None
-        }
+            self._delivery.commit(records, offsets)
+            self._assignment.committed(offsets)
 
     def _take_up(self, numbers: set[int]) -> None:
         """Go on with partitions where another worker, or this one, stopped."""
         started = time.monotonic()
-        manifest = self.session.manifest
         for number, found in self._source.resumption(numbers).items():
-            self._offsets.pop(number, None)
             self._backlog.drop(number)
-            partition = Partition(
-                self._runtime,
-                f"{self._kafka.topic}-{number}",
-                self._tell,
-                maker_of(manifest, self._decoding(self.session), self._config),
-                warm_chunks(manifest, self._config.max_gap),
-                found.committed,
-                found.rewind,
-                found.records,
-                found.beginning,
-                found.end,
-            )
-            self._partitions[number] = partition
-            self._source.seek(number, partition.start)
-            log.info(
-                "partition %d: on from offset %d, %d messages are read again",
-                number,
-                found.committed,
-                max(0, found.committed - partition.start),
-            )
+            self._source.seek(number, self._assignment.take_up(number, found))
         log.info("took up %d partitions in %.1f s", len(numbers), time.monotonic() - started)
 
     def _swap(self) -> None:
@@ -375,31 +323,29 @@ class Worker:
         try:
             try:
                 session = self._around.replacement.take()
-                self._runtime.check_swap(session)
-                runtime = self._new_runtime(session)
+                successor = self._assignment.successor(session)
             except Exception as problem:
                 self._refuse_swap(problem)
                 return
-            self._hand_over(session, runtime)
+            self._hand_over(session, successor)
         finally:
             self._around.notifier.ready()
 
-    def _hand_over(self, session: Session, runtime: Runtime) -> None:
+    def _hand_over(self, session: Session, successor: Assignment) -> None:
         """Commit with the old bundle, bring the streams back with the new. Raises KafkaError, DataError."""
         try:
             self._commit(at_once=True)
         except KafkaError:
             self._around.replacement.request()  # the next life swaps it
             raise
-        numbers, previous = set(self._partitions), self.session
-        for partition in self._partitions.values():
-            partition.leave()
-        self._partitions.clear()
-        self.session, self._runtime = session, runtime
+        numbers, previous = set(self._assignment.partitions), self.session
+        for number in numbers:
+            self._assignment.leave(number)
+        self.session, self._assignment = session, successor
         try:
             self._take_up(numbers)
             self._around.notifier.ready()  # how the streams are brought back, /ready tells
-            while not self._around.stop.is_set() and any(p.is_replaying for p in self._partitions.values()):
+            while self._assignment.replaying and not self._around.stop.is_set():
                 self._round()
         except (KafkaError, DataError, ConfigError, Stopped):
             self._note_swap(previous)  # the brokers' matter: the next life goes on with the new bundle
@@ -421,14 +367,6 @@ class Worker:
         self._around.replacement.refused(found, problem)
         self._counters.bundle_swaps_failed.inc()
         self._around.notifier.status(f"bundle {found}; another was refused, see the log")
-
-    def _new_runtime(self, session: Session) -> Runtime:
-        decoding = self._decoding(session)
-        check_marks(session.manifest, decoding, self._config)
-        return Runtime(session, self._hear, self._config, self._counters, decoding)
-
-    def _decoding(self, session: Session) -> Decoding:
-        return overridden(session.manifest.decoding, self._config.decoding, "decoding")
 
     def _keep_waiting(self) -> None:
         """For the end of a transaction; raises Stopped once there is no time left for it."""

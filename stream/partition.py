@@ -153,6 +153,10 @@ class Partition:
         """The streams that were read here and are open, or were when this was last looked at."""
         return list(self._known)
 
+    def holds(self, stream: str) -> bool:
+        """Whether a stream is open here, or is being brought back."""
+        return stream in self._known or stream in self._awaited
+
     def is_news(self, stream: str) -> bool:
         """Whether an event of this stream, coming now, has not been told yet. To be asked of each event."""
         if not self.is_replaying:

@@ -1,4 +1,4 @@
-"""A broker that all tests of a run share, and topics of their own in it. A plugin of tests/conftest.py."""
+"""Brokers that all tests of a run share, and topics of their own in them. A plugin of tests/conftest.py."""
 
 from __future__ import annotations
 
@@ -23,8 +23,22 @@ def has_kafka() -> None:
 
 @pytest.fixture(scope="session")
 def kafka(has_kafka: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One broker for the whole run. Leave it as it is: a test that kills or cuts starts its own cluster."""
+    """One broker for the whole run. Leave it as it is: what is to be killed or cut off is `fragile`."""
     with Cluster(tmp_path_factory.mktemp("kafka")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def fragile(has_kafka: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One to be killed and cut off, behind a proxy; whole again when a test is over."""
+    with Cluster(tmp_path_factory.mktemp("fragile"), advertised_through_proxy=True) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def guarded(has_kafka: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The same, and it asks who comes."""
+    with Cluster(tmp_path_factory.mktemp("guarded"), sasl=True, advertised_through_proxy=True) as cluster:
         yield cluster
 
 

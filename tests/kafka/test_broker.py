@@ -62,13 +62,6 @@ def test_what_a_transaction_committed_is_read_and_what_it_aborted_is_not(
     assert read(kafka, name, 1) == [b"committed"]
 
 
-@pytest.fixture(scope="module")
-def guarded(has_kafka: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One broker that asks who comes, behind a proxy."""
-    with Cluster(tmp_path_factory.mktemp("guarded"), sasl=True, advertised_through_proxy=True) as cluster:
-        yield cluster
-
-
 def test_a_client_with_the_password_and_the_authority_comes_in(guarded: Cluster) -> None:
     guarded.create_topic("known")
     with produce(guarded) as producer:

@@ -133,7 +133,7 @@ def test_a_message_that_takes_longer_than_a_group_s_patience_is_worked_on_once(
 ) -> None:
     topics = {"frames": topic(1), "events": topic(1)}
     feed = Feed(kafka, topics["frames"])
-    feed.send([Message("long", 0, wave(1, 2000), RATE, 1, end=True)])
+    feed.send([Message("long", 0, wave(1, 1300), RATE, 1, end=True)])
     feed.close()
     config = worker_config(tmp_path, tiny_bundle, kafka, topics)
     worker = WorkerProcess(config, tmp_path / "log", SLOW_STEPS_AND_NO_PATIENCE)

@@ -85,36 +85,38 @@ def test_two_ways_to_name_the_brokers_are_one_too_many() -> None:
         KafkaSender("kafka://host/frames")
 
 
-def test_a_password_comes_from_a_file_and_what_a_dead_broker_did_not_take_is_said(
-    has_kafka: None, tmp_path: Path
+def test_a_password_comes_from_a_file_and_what_a_lost_broker_did_not_take_is_said(
+    guarded: Cluster, tmp_path: Path
 ) -> None:
     np.save(tmp_path / "wrist.npy", np.zeros((100, 3), np.float32))
-    with Cluster(tmp_path / "kafka", sasl=True) as cluster:
-        assert cluster.credentials is not None
-        cluster.create_topic("frames")
-        (tmp_path / "password").write_text(cluster.credentials.password)
-        connection = {
-            "bootstrap": cluster.bootstrap,
-            "tls": {"ca": str(cluster.credentials.ca_file)},
-            "sasl": {"username": cluster.credentials.user, "password_file": "password"},
-        }
-        file = tmp_path / "kafka.yaml"
-        file.write_text(yaml.safe_dump(connection))
-        done = send(tmp_path / "wrist.npy", "--to", "kafka:///frames", "--kafka-config", file)
-        assert done.returncode == 0, done.stderr
-        assert {record.key for record in records(cluster, "frames")} == {b"wrist"}
-        (tmp_path / "password").write_text("wrong")
-        done = send(tmp_path / "wrist.npy", "--to", "kafka:///frames", "--kafka-config", file)
-        assert done.returncode == 2
-        assert "none accepted this client" in " ".join(done.stderr.split())
+    assert guarded.credentials is not None
+    guarded.create_topic("sent")
+    (tmp_path / "password").write_text(guarded.credentials.password)
+    connection = {
+        "bootstrap": guarded.bootstrap,
+        "tls": {"ca": str(guarded.credentials.ca_file)},
+        "sasl": {"username": guarded.credentials.user, "password_file": "password"},
+    }
+    file = tmp_path / "kafka.yaml"
+    file.write_text(yaml.safe_dump(connection))
+    done = send(tmp_path / "wrist.npy", "--to", "kafka:///sent", "--kafka-config", file)
+    assert done.returncode == 0, done.stderr
+    assert {record.key for record in records(guarded, "sent")} == {b"wrist"}
+    (tmp_path / "password").write_text("wrong")
+    done = send(tmp_path / "wrist.npy", "--to", "kafka:///sent", "--kafka-config", file)
+    assert done.returncode == 2
+    assert "none accepted this client" in " ".join(done.stderr.split())
 
-        (tmp_path / "password").write_text(cluster.credentials.password)
-        known = KafkaConnection(**connection).relative_to(tmp_path)
-        sender = KafkaSender("kafka:///frames", known, delivery_timeout=3.0)
-        cluster.kill(0)
+    (tmp_path / "password").write_text(guarded.credentials.password)
+    known = KafkaConnection(**connection).relative_to(tmp_path)
+    sender = KafkaSender("kafka:///sent", known, delivery_timeout=3.0)
+    guarded.proxies[0].cut()
+    try:
         sender.send(messages_of(1, 25)[0])
-        with pytest.raises(OnsetError, match="kafka:///frames did not take everything: no broker"):
+        with pytest.raises(OnsetError, match="kafka:///sent did not take everything: no broker"):
             sender.close()
+    finally:
+        guarded.proxies[0].restore()
 
 
 def test_options_of_the_other_transport_are_refused(tmp_path: Path) -> None:

@@ -272,19 +272,11 @@ def test_a_secret_that_is_missing_ends_the_service_before_it_begins(tmp_path: Pa
         KafkaSink(settings_of(None, "events", tmp_path / "spool.db", connection=connection))
 
 
-@pytest.fixture(scope="module")
-def fragile(has_kafka: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A broker to be killed and cut off; whole again when a test is over."""
-    with Cluster(tmp_path_factory.mktemp("fragile"), advertised_through_proxy=True) as cluster:
-        for name in ("dies", "cut", "swallows"):
-            cluster.create_topic(name, partitions=2)
-        yield cluster
-
-
 @pytest.mark.timeout(300 + 2 * CHAOS_SECONDS)
 def test_a_broker_that_dies_under_load_and_comes_back_has_every_event_once_and_in_order(
     fragile: Cluster, tmp_path: Path
 ) -> None:
+    fragile.create_topic("dies", partitions=2)
     fragile.kill(0)
     with sending(settings_of(fragile, "dies", tmp_path / "spool.db")) as sink:  # begins without a broker
         load = Load(sink)
@@ -307,6 +299,7 @@ def test_a_network_that_is_cut_again_and_again_costs_no_event_and_repeats_none(
     """The cuts come in the middle of transactions, at whichever request they happen to be."""
     rng = random.Random(0)
     (proxy,) = fragile.proxies
+    fragile.create_topic("cut", partitions=2)
     with sending(settings_of(fragile, "cut", tmp_path / "spool.db")) as sink:
         load = Load(sink)
         await_that(lambda: load.written > 100 and sink.depth < 50)
@@ -327,6 +320,7 @@ def test_a_network_that_swallows_everything_for_a_while_costs_no_event(
 ) -> None:
     """For longer than a request may take, so that the client gives up what the broker may have done."""
     (proxy,) = fragile.proxies
+    fragile.create_topic("swallows", partitions=2)
     with sending(settings_of(fragile, "swallows", tmp_path / "spool.db")) as sink:
         load = Load(sink)
         await_that(lambda: load.written > 100 and sink.depth < 50)
@@ -383,18 +377,12 @@ def test_a_process_that_is_killed_again_and_again_loses_no_event_and_repeats_non
     assert safe <= set(found) <= safe | unsure
 
 
-@pytest.fixture
-def guarded(has_kafka: None, tmp_path: Path) -> Iterator[Cluster]:
-    with Cluster(tmp_path / "kafka", sasl=True) as cluster:
-        cluster.create_topic("events")
-        yield cluster
-
-
 def test_only_the_right_password_gets_in_and_no_password_is_ever_said(
     guarded: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     credentials = guarded.credentials
     assert credentials is not None
+    guarded.create_topic("guarded")
     wrong = "wrong-horse-battery"
     for name in ("", "kafka", "stream"):
         caplog.set_level(logging.DEBUG, name)
@@ -404,19 +392,19 @@ def test_only_the_right_password_gets_in_and_no_password_is_ever_said(
         return {"bootstrap": guarded.bootstrap, "sasl": login, "tls": {"ca": credentials.ca_file} | tls}
 
     spool = tmp_path / "spool.db"
-    refused = KafkaSink(settings_of(None, "events", spool, connection=connection(wrong)))
+    refused = KafkaSink(settings_of(None, "guarded", spool, connection=connection(wrong)))
     refused.write([event(0)])
     await_that(lambda: "refuses the login; check `sasl`" in caplog.text)
     refused.close(0.0)
     assert refused.depth == 1
     distrustful = KafkaSink(
-        settings_of(None, "events", spool, connection=connection(credentials.password, ca=None))
+        settings_of(None, "guarded", spool, connection=connection(credentials.password, ca=None))
     )
     await_that(lambda: "has a certificate that is not accepted" in caplog.text)
     distrustful.close(0.0)
-    with sending(settings_of(None, "events", spool, connection=connection(credentials.password))) as sink:
+    with sending(settings_of(None, "guarded", spool, connection=connection(credentials.password))) as sink:
         sink.write([event(1)])
-    assert numbers(guarded, "events") == {"a": [0, 1]}
+    assert numbers(guarded, "guarded") == {"a": [0, 1]}
     said = caplog.text + "".join(capfd.readouterr())
     assert wrong not in said
     assert credentials.password not in said

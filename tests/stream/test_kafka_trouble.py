@@ -57,33 +57,32 @@ def await_readiness(port: int, status: int, why: str = "", seconds: float = 60.0
 
 
 def test_a_worker_whose_broker_is_away_is_not_ready_until_it_is_back(
-    has_kafka: None, tiny_bundle: Path, tmp_path: Path
+    fragile: Cluster, tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    port = free_port()
-    with Cluster(tmp_path / "kafka") as cluster:
-        cluster.create_topic("frames", 2)
-        cluster.create_topic("events")
-        topics = {"frames": "frames", "events": "events"}
-        config = worker_config(tmp_path, tiny_bundle, cluster, topics, http={"address": f"127.0.0.1:{port}"})
-        worker = WorkerProcess(config, tmp_path / "log")
-        try:
-            await_readiness(port, 200)
-            cluster.stop(0)
-            # By its question, or by a request that was under way when the broker went: either says so.
-            await_readiness(port, 503, "no broker ")
-            time.sleep(8.0)
-            assert readiness(port)[0] == 503, "and it stays so"
-            cluster.start(0)
-            await_readiness(port, 200)
-            messages = messages_of(2, 300)
-            feed = Feed(cluster, "frames")
-            feed.send(messages)
-            feed.close()
-            await_ends(cluster, "events", ["s0", "s1"], 60)
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/live", timeout=10) as answer:
-                assert answer.status == 200
-        finally:
-            worker.stop()
+    port, topics = free_port(), {"frames": "away-frames", "events": "away-events"}
+    fragile.create_topic(topics["frames"], 2)
+    fragile.create_topic(topics["events"])
+    config = worker_config(tmp_path, tiny_bundle, fragile, topics, http={"address": f"127.0.0.1:{port}"})
+    worker = WorkerProcess(config, tmp_path / "log")
+    try:
+        await_readiness(port, 200)
+        fragile.proxies[0].cut()
+        # By its question, by a request that was under way, or by its next beginning: each says so.
+        await_readiness(port, 503, "broker")
+        time.sleep(8.0)
+        assert readiness(port)[0] == 503, "and it stays so"
+        fragile.proxies[0].restore()
+        await_readiness(port, 200)
+        messages = messages_of(2, 300)
+        feed = Feed(fragile, topics["frames"])
+        feed.send(messages)
+        feed.close()
+        await_ends(fragile, topics["events"], ["s0", "s1"], 60)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/live", timeout=10) as answer:
+            assert answer.status == 200
+    finally:
+        fragile.proxies[0].restore()
+        worker.stop()
 
 
 def take_identity(cluster: Cluster, identity: str, seconds: float = 60.0) -> KafkaProducer:
@@ -204,6 +203,17 @@ def joined(settings: KafkaSourceSettings, identity: str) -> tuple[KafkaSource, D
         assert time.monotonic() < deadline, "it was given no partition"
         gained |= source.poll(5.0).gained
     return source, open_delivery(settings, source, Counters(), identity)
+
+
+def test_who_has_joined_a_group_waits_for_no_message_to_say_so(
+    kafka: Cluster, topic: Callable[..., str], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    topics = {"frames": topic(), "events": topic()}
+    with closing(KafkaSource(settings_in(worker_config(tmp_path, tiny_bundle, kafka, topics)))) as source:
+        began = time.monotonic()
+        while not source.poll(120.0).gained:  # it may be given nothing at first
+            pass
+        assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize("delivery", ["exactly-once", "at-least-once"])

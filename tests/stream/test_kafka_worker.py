@@ -75,40 +75,39 @@ def test_a_worker_that_is_killed_has_a_successor_that_says_the_rest(
 
 
 def test_a_worker_logs_in_by_tls_and_scram_and_never_tells_the_password(
-    has_kafka: None, tiny_bundle: Path, tmp_path: Path
+    guarded: Cluster, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    with Cluster(tmp_path / "kafka", sasl=True) as cluster:
-        assert cluster.credentials is not None
-        topics = {"frames": "frames", "events": "events"}
-        cluster.create_topic("frames", 2)
-        cluster.create_topic("events", 2)
-        messages = messages_of(2, 500)
-        feed = Feed(cluster, "frames")
-        feed.send(messages)
-        feed.close()
-        tls = {"ca": str(cluster.credentials.ca_file)}
-        secret = tmp_path / "secret"
-        connection = {
-            "bootstrap": cluster.bootstrap,
-            "tls": tls,
-            "sasl": {"username": cluster.credentials.user, "password_file": "secret"},
-        }
-        config = worker_config(tmp_path, tiny_bundle, cluster, topics, kafka={"connection": connection})
+    assert guarded.credentials is not None
+    topics = {"frames": "secret-frames", "events": "secret-events"}
+    guarded.create_topic("secret-frames", 2)
+    guarded.create_topic("secret-events", 2)
+    messages = messages_of(2, 500)
+    feed = Feed(guarded, "secret-frames")
+    feed.send(messages)
+    feed.close()
+    tls = {"ca": str(guarded.credentials.ca_file)}
+    secret = tmp_path / "secret"
+    connection = {
+        "bootstrap": guarded.bootstrap,
+        "tls": tls,
+        "sasl": {"username": guarded.credentials.user, "password_file": "secret"},
+    }
+    config = worker_config(tmp_path, tiny_bundle, guarded, topics, kafka={"connection": connection})
 
-        secret.write_text("wrong" + cluster.credentials.password)
-        stranger = WorkerProcess(config, log)
-        await_line(log, "refuses the login; check `sasl`")
-        stranger.kill()
+    secret.write_text("wrong" + guarded.credentials.password)
+    stranger = WorkerProcess(config, log)
+    await_line(log, "refuses the login; check `sasl`")
+    stranger.kill()
 
-        secret.write_text(cluster.credentials.password)
-        worker = WorkerProcess(config, log)
-        try:
-            events = await_ends(cluster, "events", ["s0", "s1"], 60)
-        finally:
-            worker.stop()
-        assert events == expected_events(tiny_bundle, messages)
-        assert cluster.credentials.password not in log.read_text()
+    secret.write_text(guarded.credentials.password)
+    worker = WorkerProcess(config, log)
+    try:
+        events = await_ends(guarded, "secret-events", ["s0", "s1"], 60)
+    finally:
+        worker.stop()
+    assert events == expected_events(tiny_bundle, messages)
+    assert guarded.credentials.password not in log.read_text()
 
 
 def test_what_is_wrong_with_the_topics_is_said_at_the_start(

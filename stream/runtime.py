@@ -76,6 +76,7 @@ class Runtime:
         )  # id -> epoch, one past its last sample
         self._refused: OrderedDict[str, None] = OrderedDict()
         self._opened = 0
+        self._is_settling = False  # rings are emptied, and nothing is put into them
         self._throttle = Throttle(log)
 
     @property
@@ -155,6 +156,14 @@ class Runtime:
         """Run until nothing is ready."""
         while self.run_ready():
             pass
+
+    def settle(self) -> None:
+        """Run what the rings hold: some chunks a stream. What they had no room for waits until `swap`."""
+        self._is_settling = True
+        try:
+            self.drain()
+        finally:
+            self._is_settling = False
 
     def end(self, stream: str) -> None:
         """Nothing more will come of this stream: what is missing is given up. `run_ready` does the rest."""
@@ -295,13 +304,21 @@ class Runtime:
     ) -> None:
         """Go on with another bundle: open actions go on as far as it knows their classes, no sample is lost.
 
-        What was offered is digested first (`drain`). The new states are warmed with the newest samples, as
-        far back as the rings reach; `beat` is called between two streams, since that takes its time. All or
-        nothing: whatever is raised then (BundleError when it was made for other streams, what the constructor
+        What the rings hold is digested first (`settle`). The new states are warmed with the newest samples,
+        as far back as the rings reach; `beat` is called between two streams, since that takes its time. All
+        or nothing: whatever is raised then (BundleError when it was made for other streams, what the constructor
         raises, anything that `session` raises), the streams go on with the old bundle as if nothing had been
         tried, and hold no slot of `session`.
         """
-        self.drain()
+        self.settle()
+        try:
+            self._swap(session, decoding, beat)
+        finally:
+            for stream in list(self._streams.values()):
+                self._fill(stream)  # what waited; and of a smaller chunk some may be complete by now
+        self.counters.bundle_swaps.inc()
+
+    def _swap(self, session: Session, decoding: Decoding | None, beat: Callable[[], None]) -> None:
         self.check_swap(session)
         segments = self._segments_of(session, decoding)
         slots: list[Slot] = []
@@ -323,8 +340,6 @@ class Runtime:
             with suppress(Exception):  # nobody uses it any more
                 previous.close(stream.slot)
             stream.go_on(slot, found)
-            self._fill(stream)  # a smaller chunk may be complete by now
-        self.counters.bundle_swaps.inc()
 
     def check_swap(self, session: Session) -> None:
         """Raises BundleError when the streams that are open are not those that its bundle was made for."""
@@ -411,7 +426,7 @@ class Runtime:
         ring = stream.ring
         if stream.item is None:
             stream.item = ring.pop()
-        while (message := stream.pending) is not None:
+        while (message := stream.pending) is not None and not self._is_settling:
             rest = message.samples[stream.offset :]
             if len(rest):
                 anchor = None if message.time is None else (message.seq, message.time)

@@ -217,18 +217,25 @@ class Worker:
         around = self._around
         around.notifier.reloading()
         try:
-            self._runtime.drain()  # what fails here is no fault of the new bundle
             try:
                 session = around.replacement.take()
                 decoding = overridden(session.manifest.decoding, self._config.decoding, "decoding")
+            except Exception as problem:
+                self._refuse_swap(problem)
+                return
+            self._runtime.settle()  # what fails here is no fault of the new bundle
+            try:
                 self._runtime.swap(session, decoding, around.beat)
             except Exception as problem:
-                around.replacement.refused(self._bundle, problem)
-                self._counters.bundle_swaps_failed.inc()
-                around.notifier.status(f"bundle {self._bundle}; another was refused, see the log")
+                self._refuse_swap(problem)
                 return
             log.info("bundle %s takes over from %s", session.manifest.id, self._bundle)
             self._bundle = session.manifest.id
             around.notifier.status(f"bundle {self._bundle}")
         finally:
             around.notifier.ready()
+
+    def _refuse_swap(self, problem: Exception) -> None:
+        self._around.replacement.refused(self._bundle, problem)
+        self._counters.bundle_swaps_failed.inc()
+        self._around.notifier.status(f"bundle {self._bundle}; another was refused, see the log")

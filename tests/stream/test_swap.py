@@ -7,9 +7,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from engine import OnnxSession
+from engine import BundleError, OnnxSession
+from stream.config import RuntimeSettings
+from stream.events import Event
+from stream.runtime import Runtime
+from stream.wire import Message
 from tests.stream.swaps import Faulty, Sessions, run
 from tests.stream.test_runtime import Bench, wave
 
@@ -99,3 +104,31 @@ def test_no_swap_at_any_moment_breaks_a_promise_and_none_that_fails_changes_an_e
     assert total["swaps"] >= total["runs"]
     assert total["failed"] >= total["runs"]
     assert total["events"] >= 30 * total["runs"]
+
+
+def test_a_swap_does_not_wait_for_a_message_of_hours(tiny_bundle: Path) -> None:
+    def run(swapping: bool) -> tuple[list[Event], int]:
+        events: list[Event] = []
+        session = OnnxSession(tiny_bundle, slots=8, threads=1)
+        runtime = Runtime(session, events.extend, RuntimeSettings(max_streams=8))
+        samples = np.sin(np.arange(60_000, dtype=np.float32)[:, None] * [0.01, 0.02, 0.03]).astype(np.float32)
+        runtime.offer(Message("long", 0, samples, 50.0, end=True))
+        runtime.run_ready()
+        before = runtime.counters.snapshot()["steps"]
+        if swapping:
+            runtime.settle()
+            with pytest.raises(BundleError):
+                runtime.swap(Misfit(tiny_bundle, slots=8, threads=1))
+        steps = runtime.counters.snapshot()["steps"] - before
+        runtime.drain()
+        return events, int(steps)
+
+    class Misfit(OnnxSession):
+        @property
+        def capacity(self) -> int:
+            raise BundleError("no")
+
+    (quiet, _), (swapped, steps) = run(False), run(True)
+    assert steps < 30, "the rings were emptied, and no more"
+    assert swapped == quiet
+    assert swapped[-1].reason == "end of stream"

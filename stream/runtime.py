@@ -306,9 +306,9 @@ class Runtime:
 
         What the rings hold is digested first (`settle`). The new states are warmed with the newest samples,
         as far back as the rings reach; `beat` is called between two streams, since that takes its time. All
-        or nothing: whatever is raised then (BundleError when it was made for other streams, what the constructor
-        raises, anything that `session` raises), the streams go on with the old bundle as if nothing had been
-        tried, and hold no slot of `session`.
+        or nothing: whatever is raised then (BundleError when it was made for other streams, what the
+        constructor raises, anything that `session` raises), the streams go on with the old bundle as if
+        nothing had been tried, and hold no slot of `session`.
         """
         self.settle()
         try:

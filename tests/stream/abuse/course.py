@@ -25,7 +25,7 @@ ABUSERS: Mapping[str, type[Abuser]] = {
 }
 # Seconds. What the polite streams have sent is worked off, `/live` answers, what was opened is closed, and
 # SIGTERM has ended the service, each within its own.
-_LATE, _SILENT, _CALM, _GRACE = 120.0, 30.0, 60.0, 30.0
+_LATE, _SILENT, _CALM, _GRACE = 120.0, 30.0, 300.0, 30.0
 # Everything goes on again for so long before the end.
 _FINALE = 5.0
 # Descriptors that may come and go by themselves: scrapes, the Kafka client, a file that is rotated.

@@ -92,7 +92,9 @@ class Dialer:
         try:
             failed = attempt.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
             if not failed:
-                attempt.getpeername()
+                # A port that nobody listens on may be the very one that the kernel gave to this attempt.
+                if attempt.getpeername() == attempt.getsockname() != "":
+                    raise ConnectionRefusedError
                 self._socket, self._targets = None, []
                 return attempt
         except OSError as problem:

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
@@ -312,6 +313,7 @@ class _Door:
     def __init__(self, endpoint: Endpoint) -> None:
         """Raises ConfigError."""
         self._listener, _ = listen(endpoint)
+        self._path = endpoint.path
 
     def step(self, now: float) -> socket.socket | None:
         """See `Dialer.step`."""
@@ -326,6 +328,8 @@ class _Door:
     def close(self) -> None:
         """See `Dialer.close`."""
         self._listener.close()
+        if self._path is not None and not self._path.startswith("@"):
+            Path(self._path).unlink(missing_ok=True)
 
 
 def _mechanism(curve: ClientKeys | None) -> Mechanism:

@@ -225,12 +225,17 @@ class ZmqSource:
             self._begin(plain, f"{name} at {address}")
 
     def _make_room(self) -> bool:
-        """Give up a connection by which nothing ever came, where there is one."""
-        for connection in self._connections:
-            if not connection.has_sent:
-                self._hang_up(connection, "idle", "it has sent nothing, and another asks for its place")
-                return True
-        return False
+        """Give up a connection by which nothing ever came, or, where each has brought something, the one that
+        has been silent the longest, if that is long enough to be dead."""
+        unheard = next((one for one in self._connections if not one.has_sent), None)
+        found = unheard or min(self._connections, key=lambda one: (one.is_held, one.clocks.heard))
+        silent = time.monotonic() - found.clocks.heard
+        if found.is_held or (unheard is None and silent <= self._settings.heartbeat_timeout):
+            return False
+        self._hang_up(
+            found, "idle", f"it has sent nothing for {silent:.0f} s, and another asks for its place"
+        )
+        return True
 
     def _begin(self, plain: socket.socket, name: str, dialer: Dialer | None = None) -> None:
         plain.setblocking(False)

@@ -123,8 +123,8 @@ class Link:
         self._input += data
 
     def next(self) -> Item | None:
-        """What comes next; None: that takes more bytes. Raises WireError; then there is no next."""
-        return next(self._items)
+        """What comes next; None: that takes more bytes. Raises WireError; then nothing comes any more."""
+        return next(self._items, None)
 
     def send(self, body: bytes, more: bool = False) -> None:
         """Enqueue one part of a message."""

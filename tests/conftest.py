@@ -1,14 +1,21 @@
-"""Bundles that tests run: small, random, but real ones."""
+"""What all tests share: small, random, but real bundles; and the same random examples on every run."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.tiny import write_tiny_bundle
 
 pytest_plugins = ["tests.kafka.fixtures"]
+
+# Random examples are the same on every run and on every machine; ONSET_EXPLORE=1 draws others.
+settings.register_profile("same", derandomize=True)
+if not os.environ.get("ONSET_EXPLORE"):
+    settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -255,7 +255,7 @@ def test_a_request_without_end_is_cut_off(server: HealthServer) -> None:
     assert ask(server, "/live")[0] == 200
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(
         st.one_of(

@@ -154,7 +154,7 @@ def undisturbed(bundle: Path, log: Log) -> dict[str, list[str]]:
 
 
 @given(seed=st.integers(0, 2**16), trouble=st.sampled_from([0.2, 1.0]), marks=st.sampled_from([1, 2**22]))
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None)
 def test_a_log_read_by_many_workers_that_die_gives_the_events_of_one(
     seed: int, trouble: float, marks: int, tiny_bundle: Path
 ) -> None:

@@ -5,14 +5,15 @@
 While messages come in, at random moments a worker is killed and another started, or stands still for longer
 than its group waits; a broker is killed or stopped and started again, a worker joins or leaves the group, the
 network to a broker is cut; one more stream floods its partition with compressed messages of a minute each,
-and records come that nobody can read. It ends with one line of counts, and fails unless nothing was lost or
-told twice, byte for byte and in order, of the flood either.
+records come that nobody can read, and the bundle is asked for anew, whole or broken. It ends with one line of
+counts, and fails unless nothing was lost or told twice, byte for byte and in order, of the flood either.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -56,6 +57,7 @@ class Outcome:
     freezes: int = 0
     bursts: int = 0
     garbage: int = 0
+    reloads: int = 0
     events: int = 0
     lost: int = 0
     duplicated: int = 0
@@ -65,6 +67,7 @@ class Outcome:
         return (
             f"kills {self.kills} restarts {self.restarts} rebalances {self.rebalances} cuts {self.cuts} "
             f"freezes {self.freezes} bursts {self.bursts} garbage {self.garbage} "
+            f"reloads {self.reloads} "
             f"events {self.events} lost {self.lost} duplicated {self.duplicated}"
         )
 
@@ -79,6 +82,7 @@ class Chaos:
         cluster.create_topic("frames", 6)
         cluster.create_topic("events", 4)
         # The flood comes in bursts: a pause between two of them is not its end.
+        self._bundle = bundle
         self._config = worker_config(folder, bundle, cluster, topics, idle_timeout=3600.0)
         self._workers = [self._new_worker() for _ in range(WORKERS)]
         self._abuse = Feed(cluster, "frames", compression="gzip")
@@ -101,6 +105,7 @@ class Chaos:
             self._freeze,
             self._burst,
             self._rubbish,
+            self._reload,
         )
         waiting: list[Callable[[], None]] = [self._burst]
         deadline = time.monotonic() + seconds
@@ -172,6 +177,17 @@ class Chaos:
                 sent += 1
         self.outcome.garbage += sent
 
+    def _reload(self) -> None:
+        """A bundle that is what it was, or broken for a moment: nothing takes over."""
+        manifest = self._bundle / "bundle.json"
+        whole = manifest.read_bytes()
+        if self._rng.random() < 0.5:
+            manifest.write_bytes(whole[: len(whole) // 2])
+            time.sleep(1.5)
+        manifest.write_bytes(whole)
+        self._rng.choice(self._workers).process.send_signal(signal.SIGHUP)
+        self.outcome.reloads += 1
+
     def _restart(self) -> None:
         broker = self._rng.randrange(self._brokers)
         (self._cluster.kill if self._rng.random() < 0.5 else self._cluster.stop)(broker)
@@ -200,6 +216,7 @@ def run(bundle: Path, folder: Path, seconds: float, brokers: int, seed: int) -> 
     """Chaos for so long, and what came of it."""
     messages = messages_of(STREAMS, round(seconds * _SAMPLES_A_SECOND))
     expected = expected_events(bundle, messages)
+    bundle = Path(shutil.copytree(bundle, folder / "changing"))
     with Cluster(folder / "kafka", brokers=brokers, advertised_through_proxy=True) as cluster:
         chaos = Chaos(bundle, folder, cluster, brokers, seed)
         found = chaos.run(messages, seconds)

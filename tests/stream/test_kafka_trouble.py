@@ -360,9 +360,10 @@ def test_whatever_a_swap_raises_the_old_bundle_goes_on_and_no_event_is_another(
 ) -> None:
     """Before the partitions are given up, and when they are being brought back."""
     topics, stop = {"frames": topic(), "events": topic()}, threading.Event()
-    config = worker_config(tmp_path, tiny_bundle, kafka, topics)
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    config = worker_config(tmp_path, bundle, kafka, topics)
     messages = messages_of(2, 1500)
-    reload = Reload(tiny_bundle, watch=False)
+    reload = Reload(bundle, watch=False)
     feed, third = Feed(kafka, topics["frames"]), len(messages) // 3
     monkeypatch.setattr(choice, "OnnxSession", Unforeseen)
     counters: list[Counters] = []
@@ -375,6 +376,9 @@ def test_whatever_a_swap_raises_the_old_bundle_goes_on_and_no_event_is_another(
         await_committed(kafka, config, third)
         for part, failing in ((messages[third : 2 * third], "at once"), (messages[2 * third :], "later")):
             monkeypatch.setattr(Unforeseen, "failing", failing)
+            manifest = json.loads((bundle / "bundle.json").read_text())
+            manifest["training"]["notice"] = failing  # else it is what it was, and takes over nothing
+            (bundle / "bundle.json").write_text(json.dumps(manifest))
             reload.request()
             deadline = time.monotonic() + 60
             while f"RuntimeError: fails {failing}" not in caplog.text:

@@ -10,7 +10,7 @@ import pytest
 
 from stream.counters import Counters
 from stream.dead_letters import FileDeadLetters
-from stream.sinks import AppendingFile
+from stream.line_sink import FileSink
 
 
 @pytest.fixture(autouse=True)
@@ -45,5 +45,5 @@ def test_dead_letters_that_others_could_read_are_tightened_and_it_is_told(
 def test_a_new_file_of_events_is_private_and_the_mode_of_an_old_one_its_owners_choice(tmp_path: Path) -> None:
     (tmp_path / "old").touch(0o640)
     for name in ("new", "old"):
-        AppendingFile(tmp_path / name).close()
+        FileSink(tmp_path / name).close()
     assert modes(tmp_path) == {"new": 0o600, "old": 0o640}

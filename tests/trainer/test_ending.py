@@ -135,7 +135,7 @@ def test_frames_too_long_for_the_node_have_no_ending() -> None:
     [
         (lambda bundle: (bundle / "nms.onnx").unlink(), "nms.onnx: not readable"),
         (lambda bundle: (bundle / "nms.onnx").write_bytes(b""), "is not the file"),
-        (lambda bundle: (bundle / "nms.onnx").write_bytes(bytes(2**20)), "is not the file"),
+        (lambda bundle: (bundle / "nms.onnx").write_bytes(bytes(2**20)), "larger than 65536 bytes"),
         (lambda bundle: forget(bundle), "has no nms.onnx"),
         (
             lambda bundle: change(bundle, lambda nms: nms["settings"].update(score_threshold=0.001)),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import zmq
 
+from engine.plans import FOLDER
 from stream.wire import Message, encode
 from tests.stream.abuse.abuser import Abuser
 from tests.stream.abuse.connections import CONNECTIONS
@@ -89,7 +90,7 @@ def run(
     wanted = quiet(bundle, folder / "quiet", messages)
     outcome = Outcome()
     own = folder / "bundle"
-    shutil.copytree(bundle, own)
+    shutil.copytree(bundle, own, ignore=shutil.ignore_patterns(FOLDER))  # others may have kept plans there
     with silent_broker() as broker, Service(folder, own, broker) as service:
         kinds = [kind for name, kind in ABUSERS.items() if not only or name in only]
         polite = Polite(service.address, messages)

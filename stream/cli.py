@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from engine.errors import ConfigError
 from engine.schema import load_config
 from stream import logs
+from stream.allocator import return_what_is_freed
 from stream.config import load_service_config
 from stream.kafka_connection import KafkaConnection
 from stream.kafka_sender import KafkaSender
@@ -99,6 +100,7 @@ def run(
     """
     settings = load_service_config(config)
     logs.setup(settings.log)
+    return_what_is_freed()
     reload = Reload(settings.bundle, settings.watch_bundle)
     with stopped_by_signals(reload, settings.grace) as stop:
         serve(settings, stop, reload=reload)

@@ -111,7 +111,8 @@ class Link:
         """the handshake is over"""
         self._minor = 0
         self._boxes: Boxes | None = None
-        self._items = self._run()
+        self._heard: Item | None = None
+        self._steps = self._run()
 
     @property
     def buffered(self) -> int:
@@ -124,7 +125,9 @@ class Link:
 
     def next(self) -> Item | None:
         """What comes next; None: that takes more bytes. Raises WireError; then nothing comes any more."""
-        return next(self._items, None)
+        next(self._steps, None)
+        item, self._heard = self._heard, None  # nothing else here holds on to a message that was taken
+        return item
 
     def send(self, body: bytes, more: bool = False) -> None:
         """Enqueue one part of a message."""
@@ -179,7 +182,8 @@ class Link:
 
     # From here on private
 
-    def _run(self) -> Generator[Item | None, None, None]:
+    def _run(self) -> Reading[None]:
+        """Stops at each item, which it leaves in `_heard`, and where it lacks bytes."""
         self.output += _greeting(self._mechanism)
         yield from self._read_greeting()
         properties, self._boxes = yield from self._mechanism.shake_hands(self)
@@ -193,17 +197,20 @@ class Link:
                 inner, body = self._boxes.open(body)
                 flags = (inner & _MORE) | (_COMMAND if inner & 2 else 0)
             if flags & _COMMAND:
-                if (item := _control(body)) is not None:
-                    yield item
+                self._heard = _control(body)
+                if self._heard is not None:
+                    yield
                 continue
             parts += 1
             if parts == 1:
                 first = body
             elif parts == 2:
                 second = body
+            body = b""
             if not flags & _MORE:
-                yield Payload(first, second, parts)
+                self._heard = Payload(first, second, parts)
                 first, second, parts = b"", b"", 0
+                yield
 
     def _read_greeting(self) -> Reading[None]:
         _check_opening(self._input)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,6 +179,24 @@ def test_a_message_without_end_takes_the_memory_of_two_parts() -> None:
     (item,) = talk(service, producer)
     assert isinstance(item, Payload)
     assert (item.parts, len(item.first), len(item.second)) == (1001, MAX_PART, MAX_PART)
+
+
+def test_nothing_holds_on_to_a_message_that_was_taken() -> None:
+    service, producer = (
+        Link(*kinds, Plain(), 2_000_000) for kinds in (("PULL", ("PUSH",)), ("PUSH", ("PULL",)))
+    )
+    talk(service, producer)
+    for size in (1_000_000, 2_000_000):
+        producer.send(bytes(size))
+        tracemalloc.start()
+        try:
+            (item,) = talk(service, producer)
+            assert isinstance(item, Payload)
+            del item
+            producer.output = bytearray()
+            assert tracemalloc.get_traced_memory()[0] < size // 4
+        finally:
+            tracemalloc.stop()
 
 
 @pytest.mark.parametrize("body", [b"\x04PING", b"\x04PING\x00", b"\x04PING\x00\x00" + bytes(17)])

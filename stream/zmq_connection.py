@@ -163,6 +163,8 @@ class Connection:
             self._items.clear()
             self._waiting = 0
             self._is_broken = True
+        if self._is_broken:
+            self.link.close()  # whoever still knows this connection keeps nothing that it has sent
         self.socket.close()
 
     def _has_no_more(self) -> bool:

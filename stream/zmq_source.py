@@ -303,6 +303,7 @@ class ZmqSource:
         self._turns.pop(connection, None)
         if connection.is_over:
             self._connections.pop(connection, None)
+            connection.link.close()
 
     def _hang_up(
         self, connection: Connection, why: str | None = None, text: str = "", forget: bool = False

@@ -129,6 +129,12 @@ class Link:
         item, self._heard = self._heard, None  # nothing else here holds on to a message that was taken
         return item
 
+    def close(self) -> None:
+        """Nothing more is said or heard: hold on to no memory."""
+        self._steps.close()
+        self._heard = None
+        self._input, self.output = bytearray(), bytearray()
+
     def send(self, body: bytes, more: bool = False) -> None:
         """Enqueue one part of a message."""
         self._send(0, body, more)

@@ -44,6 +44,8 @@ _SAMPLES_A_SECOND = 500
 # Of one message of the flood, 66 s; and how many of them come at once.
 _FLOOD = wave(99, 3300)
 _BURST = 5
+# What a producer of Kafka sends at most, by default, less what it adds.
+_LARGEST = 1_000_000
 
 
 @dataclass
@@ -171,7 +173,7 @@ class Chaos:
         sent = 0
         while sent < 200:
             shot = next(self._hostile)
-            if shot.reason is not None:
+            if shot.reason is not None and len(shot.data) <= _LARGEST:
                 key = self._rng.choice((b"s0", b"flood", b"", self._rng.randbytes(8)))
                 self._abuse.send_bytes(key, shot.data or None)
                 sent += 1

@@ -202,7 +202,10 @@ def test_messages_that_never_become_whole_are_bounded_in_all(
         stalled.append(raw(source, GREETING, READY, b"\x02" + size.to_bytes(8, "big")))
         source.wait(0.0)
         exchange(source, lambda connection=stalled[-1]: connection.sendall(bytes(size - 1)))
+    known = list(source._connections)
     serve_until(source, lambda: refused(source, "memory") >= 3)
+    ended = [connection for connection in known if connection.is_closed]
+    assert not any(connection.link.buffered for connection in ended), "kept by whoever remembers them"
     assert sum(connection.held_bytes for connection in source._connections) <= 8 << 20
     assert exchange(source, send_all(source.address, b"hello")) == [b"hello"]
     for connection in stalled:

@@ -148,6 +148,7 @@ class Worker:
             self._throttle.warning(f"message refused ({problem.reason})", str(problem))
             self._letters.put(data, problem.reason, str(problem), {"source": source.address})
             return len(data)
+        self._came_by[message.stream] = received.connection  # also if it is held there: it is not silent
         if not self._inbox.has_room(message.stream, message.samples.nbytes):
             if self._config.overload == "block":
                 self._held[received.connection] = (message.stream, message.samples.nbytes)
@@ -156,7 +157,6 @@ class Worker:
             self._drop()
         if source.kind == "sub":
             self._losses.see(message)
-        self._came_by[message.stream] = received.connection
         self._inbox.put(message)
         return len(data)
 

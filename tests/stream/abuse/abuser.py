@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import zmq
@@ -12,7 +13,7 @@ import zmq
 from tests.stream.abuse.service import Service
 
 
-class Abuser:
+class Abuser(ABC):
     """One kind of abuse, in a thread. `every`: seconds between two changes of what surrounds the service."""
 
     name: ClassVar[str]
@@ -37,12 +38,12 @@ class Abuser:
         self.stop.set()
         self._thread.join()
 
+    @abstractmethod
     def act(self) -> None:
         """Do it once, within some seconds. OSError and ZMQError are the service's good right."""
-        raise NotImplementedError
 
-    def undo(self) -> None:
-        """Leave things as they were; called once."""
+    def undo(self) -> None:  # noqa: B027
+        """Leave things as they were; called once. Most have nothing to undo."""
 
     def pause(self) -> float:
         """Seconds until the next act."""

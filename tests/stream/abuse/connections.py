@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from abc import abstractmethod
 
 from tests.stream.abuse import zmtp
 from tests.stream.abuse.abuser import Abuser
@@ -51,13 +52,13 @@ class _SlowBytes(Abuser):
         super().__init__(*values)  # type: ignore[arg-type]
         self._open: list[tuple[socket.socket, bytes]] = []
 
+    @abstractmethod
     def place(self) -> tuple[str, int]:
         """Where to."""
-        raise NotImplementedError
 
+    @abstractmethod
     def words(self) -> bytes:
         """What it says, slowly."""
-        raise NotImplementedError
 
     def act(self) -> None:
         if len(self._open) < self._CONNECTIONS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections.abc import Iterator
 
 import zmq
@@ -36,9 +37,9 @@ class _Flood(Abuser):
         if self._producer is not None:
             self._context.destroy(linger=0)
 
+    @abstractmethod
     def messages(self) -> Iterator[bytes]:
         """Without end."""
-        raise NotImplementedError
 
 
 class Flood(_Flood):

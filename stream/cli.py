@@ -20,13 +20,14 @@ from stream.config import load_service_config
 from stream.kafka_connection import KafkaConnection
 from stream.kafka_sender import KafkaSender
 from stream.offline import detect_recordings
+from stream.producing import Producer
 from stream.recording_source import load, messages, paced, stream_ids
 from stream.reload import Reload
 from stream.service import serve
 from stream.signals import stopped_by_signals
 from stream.wire import DtypeName, Message
 from stream.zmq_keys import ClientKeys, read_public, read_secret, write_keys
-from stream.zmq_producer import Producer, open_producer
+from stream.zmq_producer import open_producer
 
 _DTYPES = ("float32", "float16", "int16")
 
@@ -222,7 +223,7 @@ def keys(
 
 def _producer(
     to: str, server_key: Path | None, key: Path | None, kafka_config: Path | None, patience: float
-) -> Producer | KafkaSender:
+) -> Producer:
     if to.startswith("kafka:"):
         if server_key is not None or key is not None:
             raise ConfigError("--server-key and --key are for ZeroMQ; for Kafka there is --kafka-config")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from types import TracebackType
 
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError
@@ -16,6 +15,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError
 from engine.errors import ConfigError, OnsetError
 from engine.schema import parse
 from stream.kafka_connection import KafkaConnection, explain
+from stream.producing import Producer
 from stream.wire import DtypeName, Message, encode
 
 _TARGET = re.compile(r"kafka://(?P<addresses>[^/\s]*)/(?P<topic>[A-Za-z0-9._-]{1,249})")
@@ -24,7 +24,7 @@ _CONNECT_SECONDS = 10.0
 _DELIVERY_SECONDS = 60.0
 
 
-class KafkaSender:
+class KafkaSender(Producer):
     """A connected producer; a context manager."""
 
     def __init__(
@@ -113,17 +113,6 @@ class KafkaSender:
     def _abandon(self) -> None:
         with suppress(KafkaError):
             self._producer.close(timeout=0)
-
-    def __enter__(self) -> KafkaSender:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._abandon()
 
 
 def _read(target: str, connection: KafkaConnection | None) -> tuple[KafkaConnection, str]:

@@ -17,10 +17,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol
 
 from engine.errors import ConfigError, OnsetError, WireError
+from stream.producing import Producer
 from stream.wire import DtypeName, Message, encode
 from stream.zmq_dialer import Dialer
 from stream.zmq_endpoint import Endpoint, listen, parse_endpoint
@@ -48,35 +47,13 @@ _REFUSALS = {
 }
 
 
-class Producer(Protocol):
-    """Sends until it is closed; a context manager."""
-
-    def send(self, message: Message, dtype: DtypeName = "float32", scale: float | None = None) -> None:
-        """Send one message. Raises WireError if `dtype` cannot hold it."""
-        ...
-
-    def send_bytes(self, data: bytes, topic: bytes = b"") -> None:
-        """Send what was encoded elsewhere, behind `topic` where it is published."""
-        ...
-
-    def close(self) -> None:
-        """Wait until everything is handed over. Raises OnsetError when that takes too long."""
-        ...
-
-    def __enter__(self) -> Producer: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
 def open_producer(
     endpoint: str,
     connect_timeout: float = 10.0,
     linger: float = 60.0,
     high_water_mark: int = 1024,
     curve: ClientKeys | None = None,
-) -> Producer:
+) -> ZmqProducer | ZmqPublisher:
     """A `ZmqProducer`, or for pub+bind:URI and pub+connect:URI a `ZmqPublisher`; see there."""
     target = parse_endpoint(endpoint, ("push", "pub"), bind=False)
     kind = ZmqPublisher if target.kind == "pub" else ZmqProducer
@@ -94,7 +71,7 @@ class _Sent:
     end: bool = False
 
 
-class ZmqProducer:
+class ZmqProducer(Producer):
     """A connected (or bound) PUSH socket; a context manager. One thread owns it."""
 
     def __init__(
@@ -144,7 +121,7 @@ class ZmqProducer:
         self._send(_Sent(data, message.stream, message.seq, stop, message.end))
 
     def send_bytes(self, data: bytes, topic: bytes = b"") -> None:
-        """See `Producer.send_bytes`; blocks while too many are on their way."""
+        """Send what was encoded elsewhere; blocks while too many are on their way."""
         self._send(_Sent(data))
 
     def close(self) -> None:
@@ -294,17 +271,6 @@ class ZmqProducer:
         self._way.close()
         if self._socket is not None:
             self._socket.close()
-
-    def __enter__(self) -> ZmqProducer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._abandon()
 
 
 class _Door:

@@ -7,12 +7,12 @@ here: the service's pings carry a time to live, after which this socket connects
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from engine.errors import ConfigError, OnsetError
+from stream.producing import Producer
 from stream.wire import DtypeName, Message, encode
 from stream.zmq_endpoint import parse_endpoint
 from stream.zmq_keys import ClientKeys
@@ -26,7 +26,7 @@ _REFUSALS: dict[int, str] = {
 _RECONNECT_MAX_MS = 5_000
 
 
-class ZmqPublisher:
+class ZmqPublisher(Producer):
     """A connected (or bound) PUB socket; a context manager."""
 
     def __init__(
@@ -92,7 +92,7 @@ class ZmqPublisher:
         self.send_bytes(encode(message, dtype, scale), message.stream.encode()[:MAX_TOPIC_BYTES])
 
     def send_bytes(self, data: bytes, topic: bytes = b"") -> None:
-        """See `Producer.send_bytes`."""
+        """Send what was encoded elsewhere, behind `topic`."""
         while self._socket.poll(0):
             self._socket.recv()  # subscriptions that came and went: ZeroMQ heeds them, we need not
         self._socket.send_multipart([topic, data])
@@ -110,14 +110,3 @@ class ZmqPublisher:
     def _abandon(self) -> None:
         self._socket.close(linger=0)
         self._context.term()
-
-    def __enter__(self) -> ZmqPublisher:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._abandon()

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from stream.zmq_producer import Producer, open_producer
+from stream.zmq_producer import ZmqProducer, open_producer
+from stream.zmq_publisher import ZmqPublisher
 from stream.zmq_source import ZmqSource
 
 
@@ -55,7 +56,7 @@ def send_all(endpoint: str, *messages: bytes) -> Callable[[], None]:
     return work
 
 
-def produce(source: ZmqSource, endpoint: str, **options: object) -> Producer:
+def produce(source: ZmqSource, endpoint: str, **options: object) -> ZmqProducer | ZmqPublisher:
     """A producer that was let in, or its complaint."""
     with ThreadPoolExecutor(1) as pool:
         producer = pool.submit(lambda: open_producer(endpoint, **options))  # type: ignore[arg-type]

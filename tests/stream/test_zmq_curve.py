@@ -20,7 +20,8 @@ import zmq
 from engine import ConfigError
 from stream.counters import Counters
 from stream.zmq_keys import ClientKeys, read_clients, read_public, read_secret, write_keys
-from stream.zmq_producer import Producer, open_producer
+from stream.zmq_producer import ZmqProducer, open_producer
+from stream.zmq_publisher import ZmqPublisher
 from stream.zmq_settings import CurveSettings, ZmqSettings
 from stream.zmq_source import ZmqSource
 from tests.stream import served
@@ -60,7 +61,9 @@ def open_source(keys: Keys, *endpoints: str) -> ZmqSource:
     return ZmqSource(ZmqSettings(endpoint=endpoints or LOOPBACK, curve=keys.curve), Counters())
 
 
-def produce(source: ZmqSource, endpoint: str, curve: ClientKeys | None, seconds: float = 10) -> Producer:
+def produce(
+    source: ZmqSource, endpoint: str, curve: ClientKeys | None, seconds: float = 10
+) -> ZmqProducer | ZmqPublisher:
     """A producer that was let in, or its complaint."""
     return served.produce(source, endpoint, connect_timeout=seconds, curve=curve)
 

@@ -27,7 +27,7 @@ LIMITS = Limits(50.0, 3)
 # Sends its name and a number, until it is killed; what it says is that somebody is there.
 CHATTER = """
 import sys, time
-from stream.zmq_producer import Producer, open_producer
+from stream.zmq_producer import open_producer
 with open_producer(sys.argv[1]) as producer:
     print("connected", flush=True)
     while True:
